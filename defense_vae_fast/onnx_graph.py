@@ -1,0 +1,233 @@
+"""Checkpoint -> ONNX: the one inference graph that the compiled engines share, written without torch.
+
+BatchNorm is folded into the convolutions in float64. Precision is part of the graph (a strongly typed TensorRT network
+has no other place for it), and so is the image format: float NCHW or uint8 NHWC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from defense_vae_fast.architecture import BATCH_NORM_EPSILON, Layer, VAEConfig
+from defense_vae_fast.checkpoint import Checkpoint
+
+Precision = Literal["fp32", "fp16"]
+ImageKind = Literal["float", "uint8"]
+
+INPUT = "images"
+PURIFIED = "purified"
+SCORE = "score"
+# Opset 17 is read by ONNX Runtime >= 1.12, OpenVINO >= 2022.2 and TensorRT >= 8.6; nothing here needs a later one.
+OPSET = 17
+IR_VERSION = 8
+TILE = 4  # every image side that VAEConfig allows is a multiple of it; one channel then fills 16 lanes
+
+Float64 = npt.NDArray[np.float64]
+
+
+def fold(layer: Layer, tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[Float64, Float64]:
+    """Weight and bias of a layer with its BatchNorm, if it has one, multiplied in.
+
+    BN(Wx) = s * Wx + (b - s * mean) with s = gamma / sqrt(var + eps), from the running statistics.
+
+    Args:
+        layer: a row of the layer table.
+        tensors: the checkpoint's tensors.
+
+    Returns:
+        float64 weight in ``layer.weight_shape`` and float64 bias (out_channels,).
+    """
+    values = {suffix: tensors[f"{layer.name}.{suffix}"].astype(np.float64) for suffix in layer.tensor_shapes()}
+    weight = values["weight"]
+    if not layer.batch_norm:
+        return weight, values["bias"]
+    scale = values["norm.weight"] / np.sqrt(values["norm.running_var"] + BATCH_NORM_EPSILON)
+    shape = [1] * weight.ndim
+    shape[1 if layer.kind == "conv_transpose" else 0] = layer.out_channels
+    return weight * scale.reshape(shape), values["norm.bias"] - scale * values["norm.running_mean"]
+
+
+def as_convolution(layer: Layer, weight: Float64, bias: Float64) -> tuple[Layer, Float64, Float64]:
+    """The stride-1 transposed convolution that makes the image, as an ordinary convolution that makes it in tiles.
+
+    A transposed convolution of stride 1 is a convolution with the kernel flipped and its channel axes swapped. With one
+    to four output channels that still leaves a matrix unit 4 to 16 lanes wide mostly idle, so ``TILE`` x ``TILE``
+    neighbouring pixels are made at once, as ``TILE ** 2`` channels of a convolution with stride ``TILE`` whose kernel
+    holds each pixel's own kernel shifted into place. Its output goes through a pixel shuffle (depth to space, torch's
+    channel order) by ``TILE``. The sums are the same; on a CPU the layer takes a quarter of the time (13.0 -> 3.4 ms
+    for 64 images, bf16).
+
+    Args:
+        layer: a row of the layer table with kind ``conv_transpose`` and stride 1.
+        weight: its folded weight (in, out, k, k).
+        bias: its folded bias (out,).
+
+    Returns:
+        The equivalent row of kind ``conv``, its weight (out * TILE**2, in, k + TILE - 1, k + TILE - 1) and bias.
+    """
+    kernel = layer.kernel
+    flipped = weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
+    side = kernel + TILE - 1
+    tiled = np.zeros((layer.out_channels, TILE, TILE, layer.in_channels, side, side))
+    for row, column in np.ndindex(TILE, TILE):
+        tiled[:, row, column, :, row : row + kernel, column : column + kernel] = flipped
+    channels = layer.out_channels * TILE**2
+    convolution = replace(
+        layer,
+        kind="conv",
+        out_channels=channels,
+        out_size=layer.out_size // TILE,
+        kernel=side,
+        stride=TILE,
+        padding=kernel - 1 - layer.padding,
+    )
+    return convolution, tiled.reshape(channels, layer.in_channels, side, side), bias.repeat(TILE**2)
+
+
+def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKind = "float") -> onnx.ModelProto:
+    """The inference graph: mean latent, dynamic batch, ``logvar`` left out.
+
+    Inputs and outputs::
+
+        images    image="float": float32 (N, C, H, W) in [0, 1];   image="uint8": uint8 (N, H, W, C)
+        purified  the same type and layout; uint8 is rounded to nearest
+        score     float32 (N,): mean |x - x_hat| over all pixels in [0, 1] units, taken before the rounding
+
+    Args:
+        checkpoint: the purifier.
+        precision: type of the weights and of the arithmetic between the image and the last layer's logits; the sigmoid
+            and the score are float32 in both.
+        image: what comes in and goes out.
+
+    Raises:
+        ValueError: ``precision`` or ``image`` is not one of the above.
+    """
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"precision: expected 'fp32' or 'fp16', got {precision!r}")
+    if image not in ("float", "uint8"):
+        raise ValueError(f"image: expected 'float' or 'uint8', got {image!r}")
+    config = checkpoint.config
+    graph = _Graph(np.dtype(np.float16 if precision == "fp16" else np.float32))
+
+    pixels = INPUT if image == "float" else _from_uint8(graph, config)
+    x = graph.node("Cast", [pixels], to=TensorProto.FLOAT16) if precision == "fp16" else pixels
+    x = _network(graph, checkpoint, x)
+    logits = graph.node("Cast", [x], to=TensorProto.FLOAT) if precision == "fp16" else x
+    # Sigmoid before the pixel shuffle: beside its convolution it is fused, and OpenVINO's bf16 logits stay float32.
+    tiles = graph.node("Sigmoid", [logits])
+    output = PURIFIED if image == "float" else None
+    purified = graph.node("DepthToSpace", [tiles], output=output, blocksize=TILE, mode="CRD")
+    if image == "uint8":
+        _to_uint8(graph, config, purified)
+    error = graph.node("Abs", [graph.node("Sub", [pixels, purified])])
+    graph.node("ReduceMean", [error], output=SCORE, axes=[1, 2, 3], keepdims=0)
+    return _model(graph, checkpoint, precision, image)
+
+
+class _Graph:
+    """Nodes and constants in the order they are added."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def node(self, kind: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
+        """Append a node and return the name of its output."""
+        output = output or f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}_{len(self.nodes)}", **attributes))
+        return output
+
+    def constant(self, name: str, value: npt.NDArray[Any]) -> str:
+        """Store a constant as it is."""
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def weight(self, name: str, value: Float64) -> str:
+        """Store a weight in the graph's precision."""
+        return self.constant(name, value.astype(self.dtype))
+
+
+def _network(graph: _Graph, checkpoint: Checkpoint, x: str) -> str:
+    """Images (N, C, H, W) in the graph's precision -> logits (N, C * TILE**2, H / TILE, W / TILE)."""
+    config = checkpoint.config
+    bottom = config.encoder[-1]
+    for layer in config.layers():
+        if layer.name == "logvar":
+            continue
+        weight, bias = fold(layer, checkpoint.tensors)
+        if layer.name == "mu":
+            x = graph.node("Flatten", [x], axis=1)
+        if layer.kind == "conv_transpose" and layer.stride == 1:
+            layer, weight, bias = as_convolution(layer, weight, bias)
+        x = _layer(graph, layer, weight, bias, x)
+        if layer.part == "decoder" and layer.kind == "linear":
+            shape = graph.constant("bottom_shape", np.array([0, bottom.out_channels, bottom.out_size, bottom.out_size]))
+            x = graph.node("Reshape", [x, shape])
+    return x
+
+
+def _layer(graph: _Graph, layer: Layer, weight: Float64, bias: Float64, x: str) -> str:
+    inputs = [x, graph.weight(f"{layer.name}.weight", weight), graph.weight(f"{layer.name}.bias", bias)]
+    if layer.kind == "linear":
+        x = graph.node("Gemm", inputs, transB=1)
+    else:
+        x = graph.node(
+            "Conv" if layer.kind == "conv" else "ConvTranspose",
+            inputs,
+            kernel_shape=[layer.kernel] * 2,
+            strides=[layer.stride] * 2,
+            pads=[layer.padding] * 4,
+        )
+    return graph.node("Relu", [x]) if layer.activation == "relu" else x
+
+
+def _from_uint8(graph: _Graph, config: VAEConfig) -> str:
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
+    if config.channels == 1:  # the same bytes in the same order
+        x = graph.node("Reshape", [INPUT, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
+    else:  # transposed while a pixel is one byte
+        x = graph.node("Transpose", [INPUT], perm=[0, 3, 1, 2])
+    x = graph.node("Cast", [x], to=TensorProto.FLOAT)
+    return graph.node("Mul", [x, graph.constant("one_255th", np.array(1 / 255, dtype=np.float32))])
+
+
+def _to_uint8(graph: _Graph, config: VAEConfig, purified: str) -> None:
+    """float32 (N, C, H, W) in [0, 1] -> uint8 (N, H, W, C), rounded to nearest."""
+    channels, height, width = config.image_shape
+    x = graph.node("Mul", [purified, graph.constant("levels", np.array(255, dtype=np.float32))])
+    x = graph.node("Cast", [graph.node("Round", [x])], to=TensorProto.UINT8)
+    if channels == 1:
+        graph.node("Reshape", [x, graph.constant("nhwc_shape", np.array([0, height, width, 1]))], output=PURIFIED)
+    else:
+        graph.node("Transpose", [x], output=PURIFIED, perm=[0, 2, 3, 1])
+
+
+def _model(graph: _Graph, checkpoint: Checkpoint, precision: str, image: str) -> onnx.ModelProto:
+    channels, height, width = checkpoint.config.image_shape
+    kind = TensorProto.FLOAT if image == "float" else TensorProto.UINT8
+    size = (channels, height, width) if image == "float" else (height, width, channels)
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            f"defense_vae_{channels}x{height}x{width}_{precision}_{image}",
+            [helper.make_tensor_value_info(INPUT, kind, ["batch", *size])],
+            [
+                helper.make_tensor_value_info(PURIFIED, kind, ["batch", *size]),
+                helper.make_tensor_value_info(SCORE, TensorProto.FLOAT, ["batch"]),
+            ],
+            graph.constants,
+        ),
+        producer_name="defense_vae_fast",
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+    )
+    onnx.checker.check_model(model)
+    return model

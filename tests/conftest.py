@@ -1,0 +1,75 @@
+"""What the tests share: networks with random weights, so that no test depends on the shipped ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defense_vae_fast.architecture import VAEConfig
+from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, save_checkpoint
+from training.__main__ import CLASSIFIER_FOLDER
+from training.train_classifier import load_classifier
+
+
+def random_checkpoint(config: VAEConfig | None = None, seed: int = 0) -> Checkpoint:
+    """A purifier with random float32 weights, made with numpy alone.
+
+    Weights keep the signal's variance from layer to layer, and no BatchNorm statistic has its neutral value: outputs
+    spread over [0, 1], and a mistake in the folding shows.
+    """
+    config = config or VAEConfig()
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for layer in config.layers():
+        taps = layer.in_channels * layer.kernel**2 / (layer.stride**2 if layer.kind == "conv_transpose" else 1)
+        for suffix, shape in layer.tensor_shapes().items():
+            if suffix == "weight":
+                # The last layer's is smaller, or most pixels would be black or white.
+                gain = 0.5 if layer.activation == "sigmoid" else 1.0
+                value = random.normal(0.0, gain * (2 / taps) ** 0.5, shape)
+            elif suffix == "norm.running_var":
+                value = random.uniform(0.5, 2.0, shape)
+            elif suffix == "norm.weight":
+                value = random.uniform(0.75, 1.5, shape)
+            else:
+                value = random.normal(0.0, 0.2, shape)
+            tensors[f"{layer.name}.{suffix}"] = value.astype(np.float32)
+    return Checkpoint(config, tensors, dataset="random", recipe={"seed": seed})
+
+
+@pytest.fixture(scope="session", name="random_checkpoint")
+def random_checkpoint_function() -> Callable[[VAEConfig, int], Checkpoint]:
+    """:func:`random_checkpoint`, for tests that would rather be given it than import it."""
+    return random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Checkpoint:
+    """A random 28x28 purifier."""
+    return random_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random 28x28 purifier as a file."""
+    path = tmp_path_factory.mktemp("checkpoint") / "random28.safetensors"
+    save_checkpoint(path, checkpoint)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_images() -> tuple[Tensor, Tensor]:
+    """The packaged clean test images: uint8 (500, 1, 28, 28), and their int64 labels."""
+    with np.load(WEIGHTS_FOLDER / "fashion_mnist_demo.npz") as data:
+        return torch.from_numpy(data["clean"]).unsqueeze(1), torch.from_numpy(data["labels"].astype(np.int64))
+
+
+@pytest.fixture(scope="session")
+def classifier_d() -> nn.Module:
+    """The trained multilayer perceptron of Table 5: real gradients at little cost."""
+    return load_classifier(CLASSIFIER_FOLDER / "fashion_mnist_D.safetensors")[0]
