@@ -1,0 +1,286 @@
+"""The library's front: images in, purified images of the same kind out."""
+
+from __future__ import annotations
+
+import os
+import platform
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+import numpy as np
+
+from defense_vae_fast import __version__
+from defense_vae_fast.architecture import VAEConfig
+from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint
+from defense_vae_fast.engines import select
+from defense_vae_fast.engines.base import DEFAULT_MAX_BATCH
+from defense_vae_fast.images import ImageReader
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from defense_vae_fast.nn.defended import PurifiedClassifier
+
+Images = TypeVar("Images")
+
+
+class Purifier:
+    """A Defense-VAE ready to purify: one forward pass through encoder (mean latent) and decoder.
+
+    Takes and gives back NumPy arrays, torch tensors, CuPy arrays, PIL images, a list of PIL images, or anything with
+    DLPack or ``__cuda_array_interface__``: uint8 (H, W), (H, W, C), (N, H, W, C) in 0..255, or floating (C, H, W),
+    (N, C, H, W) in [0, 1]; see :mod:`defense_vae_fast.images`. Images in GPU memory travel through host memory and come
+    back to their device, except torch tensors on the device of an engine that takes them there.
+
+    Deterministic, and safe to call from many threads. A context manager; it holds threads and memory until closed.
+
+    Args:
+        checkpoint: what to run; :meth:`from_pretrained` reads it from a file.
+        engine: an engine's name, or "auto" for the first that works here.
+        precision: what the engine calculates in, or "auto" for the fastest whose numbers agree with float32.
+        device: where it runs, or "auto".
+        max_batch: most images that pass through the network at once; larger batches are cut up.
+        streams: how many batches are worked on side by side; None lets the engine choose.
+
+    Raises:
+        ValueError: an option is not one that the engine has.
+        EngineUnavailable: a named engine misses something here; the message names it and the extra that installs it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        engine: str = "auto",
+        precision: str = "auto",
+        device: str = "auto",
+        max_batch: int = DEFAULT_MAX_BATCH,
+        streams: int | None = None,
+        name: str = "",
+    ) -> None:
+        chosen = select(engine, device, precision)
+        self._checkpoint = checkpoint
+        self._name = name
+        self._why = "asked for by name" if engine != "auto" else "the first in the list that works here"
+        self._skipped = dict(chosen.skipped)
+        self._engine = chosen.engine.load(checkpoint, precision, device, max_batch, streams)
+        self._run = self._engine.run
+        # An engine that takes torch tensors spares those on its device the way through the host.
+        self._run_tensor = getattr(self._engine, "run_tensor", None)
+        self._read_to_host = ImageReader(checkpoint.config).read
+        self._read = ImageReader(checkpoint.config, self._run_tensor and self._engine.device).read
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        engine: str = "auto",
+        precision: str = "auto",
+        device: str = "auto",
+        max_batch: int = DEFAULT_MAX_BATCH,
+        streams: int | None = None,
+    ) -> Purifier:
+        """Load a shipped checkpoint by name (see :func:`~defense_vae_fast.list_pretrained`), or one's own by path.
+
+        The options are those of the class.
+
+        Raises:
+            FileNotFoundError: there is no such file or shipped name.
+            CheckpointError: the file is damaged, hostile, or not a Defense-VAE checkpoint.
+            ValueError, EngineUnavailable: as the class.
+        """
+        return cls(
+            load_checkpoint(name_or_path),
+            engine=engine,
+            precision=precision,
+            device=device,
+            max_batch=max_batch,
+            streams=streams,
+            name=Path(name_or_path).stem,
+        )
+
+    @overload
+    def __call__(self, images: Images, return_score: Literal[False] = False) -> Images: ...
+
+    @overload
+    def __call__(self, images: Images, return_score: Literal[True]) -> tuple[Images, Any]: ...
+
+    @overload
+    def __call__(self, images: Images, return_score: bool) -> Images | tuple[Images, Any]: ...
+
+    def __call__(self, images: Any, return_score: bool = False) -> Any:
+        """Purify one image or a batch.
+
+        Args:
+            images: see the class; the caller's object is only read.
+            return_score: also give the detector signal, mean |x - x_hat| over an image's pixels, in [0, 1].
+
+        Returns:
+            The purified images in the kind, dtype, shape and device of ``images``, owned by the caller; with
+            ``return_score`` a tuple of these and the score: a float for one image, for a batch float32 (N,) in the
+            caller's kind and device (a NumPy array for PIL images).
+
+        Raises:
+            TypeError: the kind or dtype of ``images`` is not one of those.
+            ValueError: a wrong size, shape or layout, an empty batch, a NaN, a value outside [0, 1], or a tensor that
+                requires a gradient, which would be lost here (see :meth:`defend`).
+            RuntimeError: the Purifier is closed.
+        """
+        if self._closed:
+            raise _closed_error()
+        array, single, to_images, to_scores, on_device = self._read(images)
+        purified, scores = self._run_tensor(array) if on_device and self._run_tensor else self._run(array)
+        if not return_score:
+            return to_images(purified)
+        return to_images(purified), float(scores[0]) if single else to_scores(scores)
+
+    @overload
+    def submit(self, images: Images, return_score: Literal[False] = False) -> Future[Images]: ...
+
+    @overload
+    def submit(self, images: Images, return_score: Literal[True]) -> Future[tuple[Images, Any]]: ...
+
+    @overload
+    def submit(self, images: Images, return_score: bool) -> Future[Images] | Future[tuple[Images, Any]]: ...
+
+    def submit(self, images: Any, return_score: bool = False) -> Future[Any]:
+        """Queue one image or a batch and return at once; the future holds what calling the Purifier returns.
+
+        ``images`` are checked and copied before this returns, so their memory may be reused. What was submitted cannot
+        be cancelled. When the queue is full this waits for room in it.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as calling the Purifier, at once and not in the future.
+        """
+        if self._closed:
+            raise _closed_error()
+        array, single, to_images, to_scores, _ = self._read_to_host(images)
+        answer: Future[Any] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def finish(done: Future[Any]) -> None:
+            try:
+                purified, scores = done.result()
+                result = to_images(purified)
+                if return_score:
+                    result = result, float(scores[0]) if single else to_scores(scores)
+            except BaseException as error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)
+
+        self._engine.submit(array).add_done_callback(finish)
+        return answer
+
+    def warmup(self) -> None:
+        """Run one image and one full batch of each dtype, so that no later call pays for compilation or first use.
+
+        Raises:
+            RuntimeError: the Purifier is closed.
+        """
+        if self._closed:
+            raise _closed_error()
+        channels, height, width = self.config.image_shape
+        for count in (1, self._engine.max_batch):
+            self._run(np.zeros((count, height, width, channels), np.uint8))
+            self._run(np.zeros((count, channels, height, width), np.float32))
+
+    def info(self) -> dict[str, Any]:
+        """What runs here and why, as a dictionary that JSON can hold.
+
+        Its keys are ``checkpoint`` (name, digest, dataset, recipe, accuracies), ``architecture``, ``engine``, ``why``,
+        ``skipped`` (engine: reason), ``precision``, ``device``, ``max_batch``, ``versions``, and what the engine adds.
+        """
+        checkpoint, config = self._checkpoint, self.config
+        engine = self._engine.info()
+        return {
+            **engine,
+            "why": self._why,
+            "skipped": dict(self._skipped),
+            "checkpoint": {
+                "name": self._name,
+                "digest": checkpoint.digest,
+                "dataset": checkpoint.dataset,
+                "recipe": dict(checkpoint.recipe),
+                "accuracies": dict(checkpoint.accuracies),
+                "versions": dict(checkpoint.versions),
+            },
+            "architecture": {
+                **config.to_dict(),
+                "parameters": config.parameter_count(),
+                "multiply_adds": config.multiply_adds(),
+            },
+            "versions": {
+                "defense-vae-fast": __version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                **engine.get("versions", {}),
+            },
+        }
+
+    def defend(
+        self, classifier: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> PurifiedClassifier:
+        """A torch module that computes ``classifier(normalise(purify(x)))``, differentiable from end to end.
+
+        It runs the plain float32 network in torch, whatever engine this Purifier has, on the classifier's device.
+
+        Args:
+            classifier: takes (N, C, H, W) images and gives (N, classes) logits.
+            mean: C numbers that the classifier expects to be subtracted per channel, after purification.
+            std: C positive numbers to divide by afterwards; given with ``mean`` or not at all.
+
+        Raises:
+            ValueError: ``mean`` and ``std`` are not as above.
+            ImportError: torch is not installed.
+        """
+        try:
+            from defense_vae_fast.nn.defended import PurifiedClassifier
+            from defense_vae_fast.nn.model import DefenseVAE
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError("defend: torch is not installed; pip install 'defense-vae-fast[torch]'") from error
+        vae = DefenseVAE.from_checkpoint(self._checkpoint)
+        parameter = next(classifier.parameters(), None)
+        if parameter is not None:
+            vae.to(parameter.device)
+        return PurifiedClassifier(vae, classifier, mean, std)
+
+    @property
+    def config(self) -> VAEConfig:
+        """The network's shape: image size, channels, latent size."""
+        return self._checkpoint.config
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest value of floating images."""
+        return self._checkpoint.bounds
+
+    def close(self) -> None:
+        """Finish what was submitted and free the engine. Calling it again does nothing."""
+        self._closed = True
+        self._engine.close()
+
+    def __enter__(self) -> Purifier:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        config, engine = self.config, self._engine
+        size = f"{config.image_size}x{config.image_size}x{config.channels}"
+        return f"<Purifier {self._name or 'unnamed'} {size} on {engine.name} ({engine.device}, {engine.precision})>"
+
+
+def _closed_error() -> RuntimeError:
+    return RuntimeError("expected an open Purifier, got a closed one; make another with Purifier.from_pretrained")
