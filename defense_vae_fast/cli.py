@@ -1,0 +1,381 @@
+"""The command ``defense-vae-fast``.
+
+Options and messages live here; the work is in :mod:`~defense_vae_fast.demo` and :mod:`~defense_vae_fast.purify`. Those,
+rich and the engines are imported by the command that needs them, so that ``--help`` is quick.
+
+Exit codes: 0 all is well; 1 some files failed and the rest were done; 2 wrong usage, or nothing could be done;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from defense_vae_fast.demo import Result
+    from defense_vae_fast.files import Job
+    from defense_vae_fast.purifier import Purifier
+    from defense_vae_fast.purify import Report
+
+PROGRAM = "defense-vae-fast"
+EXIT_SOME_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Group(click.Group):
+    """A group whose errors are one line on stderr and exit code 2, with a traceback only after ``--debug``."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command and exit; without ``standalone_mode`` return its code and let errors through."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        words = list(sys.argv[1:] if args is None else args)
+        # By the word alone: a failure while the options are being read must honour it too.
+        debug = "--debug" in words
+        try:
+            code = super().main(words, prog_name, complete_var, False, obj=debug, **extra)
+        except click.Abort:  # click's name for Ctrl-C and for a closed terminal
+            click.echo("interrupted", err=True)
+            code = EXIT_INTERRUPTED
+        except click.ClickException as error:
+            _say(_usage_message(error))
+            code = EXIT_ERROR
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            expected = isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError)
+            hint = "" if expected else "; this is a bug, run it again with --debug for the traceback"
+            _say(f"{_one_line(error)}{hint}")
+            code = EXIT_ERROR
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_message(error: click.ClickException) -> str:
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    return f"{message} See '{context.command_path} --help'." if context is not None else message
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(message: str) -> None:
+    click.echo(f"{PROGRAM}: {' '.join(message.split())}", err=True)
+
+
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        import defense_vae_fast
+
+        click.echo(f"{PROGRAM} {defense_vae_fast.__version__}")
+        context.exit()
+
+
+_debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+_engine = click.option(
+    "--engine", default="auto", show_default=True, metavar="NAME", help="What computes; 'info' lists what works here."
+)
+
+
+@click.group(
+    cls=_Group,
+    name=PROGRAM,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
+    epilog=f"""\b
+Examples:
+  {PROGRAM} demo
+  {PROGRAM} purify photos/ -o clean/
+  {PROGRAM} info""",
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
+@_debug
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Remove known adversarial perturbations from images before a classifier sees them.
+
+    Not a wall against an attacker who knows that the purifier is there.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(EXIT_ERROR)
+
+
+@main.command(
+    short_help="See it at work on attacked test images.",
+    epilog=f"""\b
+Examples:
+  {PROGRAM} demo
+  {PROGRAM} demo --output sheets/today.png""",
+)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), default=Path("purified.png"), show_default=True,
+    help="The contact sheet; an older one is replaced.",
+)  # fmt: skip
+@_engine
+@_debug
+def demo(output: Path, engine: str) -> None:
+    """Purify attacked Fashion-MNIST test images that come with the library.
+
+    Prints the shipped classifier's accuracy before and after purification and the time per image, and writes a contact
+    sheet. Needs no network, no PyTorch and no GPU.
+    """
+    from defense_vae_fast import demo as work
+
+    _print_demo(work.run(output, engine=engine))
+
+
+def _print_demo(result: Result) -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table(title="Fashion-MNIST test images: accuracy of the shipped classifier", title_justify="left")
+    table.add_column("images")
+    for heading in ("number", "as they are", "purified"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        table.add_row(row.title, str(row.images), f"{row.before:.1f} %", f"{row.after:.1f} %")
+    console.print(table)
+    console.print(
+        "These attacks are oblivious: made on the bare classifier, without knowledge of the purifier. "
+        "Against an attacker who knows it, this is no promise."
+    )
+    console.print()
+    times = ", ".join(f"{1e3 * seconds:.3f} ms at batch {batch}" for batch, seconds in result.latencies.items())
+    console.print(f"time per image (median): {times}")
+    state = result.info
+    console.print(f"engine: {state['engine']} on {state['device']} in {state['precision']}, {state['why']}")
+    for name, reason in _engine_states().items():
+        console.print(f"  {name}: {reason}")
+    console.print(f"contact sheet: {result.sheet}")
+
+
+@main.command(
+    epilog=f"""\b
+Examples:
+  {PROGRAM} purify shoe.png bag.png -o clean/
+  {PROGRAM} purify photos/ -o clean/ --scores scores.csv
+  {PROGRAM} purify frames.npy sets.npz -o clean/ --force
+  {PROGRAM} purify photos/ -o clean/ --checkpoint mine.safetensors
+
+\b
+Exit codes:
+  0  every file was purified
+  1  some files failed, each reported on stderr; the rest were done
+  2  wrong usage, or nothing could be done"""
+)
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IN...")
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="Folder for the results; made if it is not there.",
+)  # fmt: skip
+@click.option(
+    "--checkpoint", "-c", default="fashion_mnist", show_default=True, metavar="NAME|FILE",
+    help="A shipped purifier by name, or a .safetensors file.",
+)  # fmt: skip
+@_engine
+@click.option(
+    "--precision", default="auto", show_default=True, metavar="NAME",
+    help="Arithmetic of the engine, for example fp32 or bf16.",
+)  # fmt: skip
+@click.option(
+    "--scores", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.csv",
+    help="Also write how much each image changed, as CSV: its name and the mean absolute change in [0, 1].",
+)  # fmt: skip
+@click.option("--force", "-f", is_flag=True, help="Overwrite results that exist already; inputs are never overwritten.")
+@_debug
+@click.pass_context
+def purify(
+    context: click.Context,
+    inputs: tuple[Path, ...],
+    output: Path,
+    checkpoint: str,
+    engine: str,
+    precision: str,
+    scores: Path | None,
+    force: bool,
+) -> None:
+    """Purify image files, folders of them, and numpy arrays.
+
+    IN is an image file (PNG, JPEG, BMP, WebP, TIFF, PGM, PPM), a .npy or .npz file, or a folder, which is searched to
+    any depth. Results keep their names below DIR, and their format. JPEG loses a little whenever it is written (quality
+    95 here); all other formats are written without loss. Metadata such as EXIF are not kept.
+
+    Images must have the size and the channels that the purifier was trained for; nothing is resized or converted.
+    Arrays are uint8 (H, W), (H, W, C), (N, H, W, C) in 0..255, or floating (C, H, W), (N, C, H, W) in [0, 1]; in a .npz
+    file every array is purified.
+    """
+    from defense_vae_fast import files
+    from defense_vae_fast import purify as work
+
+    try:
+        jobs, problems = files.plan(inputs, output, force=force)
+        if scores is not None:
+            files.check_extra_output(scores, jobs, force=force)
+    except files.PlanError as error:
+        raise click.ClickException(str(error)) from error
+    if not jobs:
+        raise click.ClickException("; ".join(f"{problem.path}: {problem.reason}" for problem in problems))
+
+    # Loaded before anything is written or reported, so that a wrong name is an error of its own and not one per file.
+    from defense_vae_fast.purifier import Purifier
+
+    with Purifier.from_pretrained(checkpoint, engine=engine, precision=precision) as purifier:
+        for problem in problems:
+            _say(f"{problem.path}: {problem.reason}")
+        report = _run_with_progress(purifier, jobs, debug=bool(context.obj))
+    if scores is not None and report.scores:
+        work.write_scores(scores, report.scores)
+    failures = len(problems) + len(report.failed)
+    click.echo(
+        f"{_count(report.images, 'image')} in {_count(report.files, 'file')} purified into {output}"
+        + (f"; {_count(failures, 'input')} failed" if failures else "")
+    )
+    if failures:
+        context.exit(EXIT_SOME_FAILED if report.files else EXIT_ERROR)
+
+
+@main.command(
+    epilog=f"""\b
+Examples:
+  {PROGRAM} info"""
+)
+@_debug
+def info() -> None:
+    """Show engines, purifiers, the cache folder and versions.
+
+    Says which engines work on this machine and why the others do not.
+    """
+    import platformdirs
+
+    from defense_vae_fast.checkpoint import list_pretrained
+
+    console = _console()
+    console.print("engines, in the order in which 'auto' tries them")
+    for name, reason in _engine_states().items():
+        console.print(f"  {name}: {reason}")
+    console.print("purifiers that come with the library")
+    names = list_pretrained()
+    for line in [line for name in names for line in _describe(name)] if names else ["none"]:
+        console.print(f"  {line}")
+    cache = platformdirs.user_cache_path(PROGRAM)
+    cached = [path for path in cache.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in cached) / 1e6
+    console.print("cache")
+    console.print(
+        f"  {cache}: " + (f"{_count(len(cached), 'file')}, {size:,.1f} MB" if cached else "nothing has been cached")
+    )
+    console.print("versions")
+    console.print("  " + ", ".join(f"{name} {version}" for name, version in _versions().items()))
+
+
+def _engine_states() -> dict[str, str]:
+    """For each engine whether "auto" takes it here, or why not."""
+    from defense_vae_fast.engines import ENGINES
+
+    states: dict[str, str] = {}
+    chosen = None
+    for engine in ENGINES:
+        reason = engine.available()
+        if reason is not None:
+            states[engine.name] = f"not available: {reason}"
+        elif chosen is None:
+            chosen = engine.name
+            states[engine.name] = "works here; 'auto' takes it, the first in the order that works"
+        else:
+            states[engine.name] = f"works here; 'auto' prefers {chosen}, --engine {engine.name} takes it"
+    return states
+
+
+def _describe(name: str) -> list[str]:
+    """What there is to say about a shipped purifier, its measured accuracies as its header holds them."""
+    from defense_vae_fast.checkpoint import CheckpointError, load_checkpoint
+
+    try:
+        known = load_checkpoint(name)
+    except CheckpointError as error:
+        return [f"{name}: {_one_line(error)}"]
+    channels, height, width = known.config.image_shape
+    lines = [
+        f"{name}: {known.dataset}, {height}x{width} pixels, {_count(channels, 'channel')}, "
+        f"{known.config.parameter_count() / 1e6:.2f} M parameters",
+        f"  digest {known.digest}",
+    ]
+    if known.recipe:
+        lines.append(f"  recipe: {json.dumps(known.recipe)}")
+    return lines + [f"  {line}" for line in _flatten("measured", known.accuracies)]
+
+
+def _flatten(path: str, value: Any) -> list[str]:
+    """``key / key: value`` for every leaf of nested dictionaries."""
+    if isinstance(value, Mapping):
+        return [
+            line for key, inner in value.items() for line in _flatten(f"{path} / {key}" if path else str(key), inner)
+        ]
+    return [f"{path}: {value}"]
+
+
+def _versions() -> dict[str, str]:
+    from platform import python_version
+
+    import defense_vae_fast
+
+    packages = ("numpy", "openvino", "onnx", "safetensors", "pillow", "torch")
+    own = {PROGRAM: defense_vae_fast.__version__, "python": python_version()}
+    return own | {package: _version_of(package) for package in packages}
+
+
+def _version_of(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _run_with_progress(purifier: Purifier, jobs: Sequence[Job], *, debug: bool) -> Report:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from defense_vae_fast.purify import run
+
+    console = _console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("files, eta"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(jobs))
+
+        def failed(job: Job, error: Exception) -> None:
+            if debug:
+                traceback.print_exception(error)
+            _say(f"{job.source}: {_one_line(error)}")
+
+        return run(purifier, jobs, advance=lambda share: progress.advance(task, share), failed=failed)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # Plain text that is piped is not to be folded at 80 columns, and file names are not markup.
+    return Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

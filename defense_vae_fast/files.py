@@ -1,0 +1,262 @@
+"""Files for the ``purify`` command: what is read, where each result goes, and writing without leaving halves behind.
+
+Nothing here touches an engine. :func:`plan` settles every output name before any work is done; readers and writers
+handle one file each.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from defense_vae_fast.architecture import VAEConfig
+
+Array = npt.NDArray[Any]
+
+# Suffix -> Pillow's name of the format. Only these decoders are tried, whatever a file claims to be.
+IMAGE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".pgm": "PPM",
+    ".ppm": "PPM",
+}
+ARRAY_SUFFIXES = (".npy", ".npz")
+# WebP is lossless on request; JPEG never is, so it gets the highest quality that Pillow's manual recommends.
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+_MODES = {1: ("L", "8-bit gray"), 3: ("RGB", "8-bit RGB"), 4: ("RGBA", "8-bit RGBA")}
+
+
+class PlanError(ValueError):
+    """The outputs cannot be laid out safely; nothing has been read or written."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to purify.
+
+    Attributes:
+        source: the file to read.
+        target: the file to write.
+        name: ``target`` relative to the output folder, with forward slashes; what reports call it.
+    """
+
+    source: Path
+    target: Path
+    name: str
+
+    @property
+    def is_array(self) -> bool:
+        """Whether the file holds numpy arrays and not one picture."""
+        return self.source.suffix.lower() in ARRAY_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An input that cannot be used, and why."""
+
+    path: Path
+    reason: str
+
+
+def plan(inputs: Sequence[Path], output: Path, *, force: bool) -> tuple[list[Job], list[Problem]]:
+    """Lay out every output before any work.
+
+    A file keeps its name, a file found in a folder its path relative to that folder. Folders are searched to any depth;
+    hidden entries, other kinds of file, folders behind symbolic links and ``output`` itself are passed over.
+
+    Args:
+        inputs: image files, ``.npy``/``.npz`` files and folders of them.
+        output: the folder to write to; it need not exist.
+        force: whether outputs that exist already may be replaced.
+
+    Returns:
+        Jobs in a fixed order, and the inputs that are missing, empty or of an unknown kind.
+
+    Raises:
+        PlanError: an output exists and ``force`` is off, would replace an input, or belongs to two inputs.
+    """
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"output {output}: expected a folder, got a file; name a folder with -o")
+    jobs: dict[str, Job] = {}
+    problems: list[Problem] = []
+    for path in inputs:
+        found = list(_expand(path, output))
+        if not found:
+            problems.append(Problem(path, _why_unusable(path)))
+        for source, relative in found:
+            target = output / relative
+            key = os.path.normcase(target)
+            known = jobs.get(key)
+            if known is not None and not os.path.samefile(known.source, source):
+                raise PlanError(
+                    f"{known.source} and {source} would both be written to {target}; purify them into different folders"
+                )
+            jobs[key] = Job(source, target, relative.as_posix())
+    _check_targets(list(jobs.values()), force=force)
+    return list(jobs.values()), problems
+
+
+def _expand(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
+    """(file, output name) for everything usable behind one input."""
+    if path.is_file() and _is_usable(path):
+        yield path, Path(path.name)
+    elif path.is_dir():
+        skipped = os.path.realpath(output)
+        for folder, folders, names in os.walk(path):
+            # In-place, so that os.walk does not descend; a second run must not purify the first one's results.
+            folders[:] = sorted(
+                name for name in folders if name[0] != "." and os.path.realpath(os.path.join(folder, name)) != skipped
+            )
+            for name in sorted(names):
+                file = Path(folder, name)
+                if name[0] != "." and _is_usable(file) and file.is_file():
+                    yield file, file.relative_to(path)
+
+
+def _is_usable(path: Path) -> bool:
+    return path.suffix.lower() in (*IMAGE_FORMATS, *ARRAY_SUFFIXES)
+
+
+def _why_unusable(path: Path) -> str:
+    kinds = ", ".join((*IMAGE_FORMATS, *ARRAY_SUFFIXES))
+    if path.is_dir():
+        return f"expected files of one of the kinds {kinds} in this folder, found none"
+    if path.is_file():
+        return f"expected a file of one of the kinds {kinds}, got {path.suffix or 'no suffix'!r}"
+    return "no such file or folder"
+
+
+def _check_targets(jobs: Sequence[Job], *, force: bool) -> None:
+    sources = {_identity(job.source): job.source for job in jobs}
+    existing = [job.target for job in jobs if os.path.lexists(job.target)]
+    for target in existing:
+        if target.is_dir():
+            raise PlanError(f"{target}: expected a place for a file, found a folder; name another folder with -o")
+        if target.exists() and _identity(target) in sources:
+            raise PlanError(f"{target} is one of the inputs and is never overwritten; name another folder with -o")
+    if existing and not force:
+        others = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise PlanError(f"{existing[0]}{others} exists already; pass --force to overwrite, or name another folder")
+
+
+def check_extra_output(path: Path, jobs: Sequence[Job], *, force: bool) -> None:
+    """Raise a :class:`PlanError` where a report at ``path`` would replace an input, a result or, unforced, any file."""
+    if not path.parent.is_dir():
+        raise PlanError(f"{path}: expected an existing folder {path.parent}, found none; make it first")
+    if any(os.path.abspath(path) == os.path.abspath(job.target) for job in jobs):
+        raise PlanError(f"{path} is also the name of a result; name another file")
+    if path.exists() and _identity(path) in {_identity(job.source) for job in jobs}:
+        raise PlanError(f"{path} is one of the inputs and is never overwritten; name another file")
+    if os.path.lexists(path) and not force:
+        raise PlanError(f"{path} exists already; pass --force to overwrite, or name another file")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def read_image(path: Path, config: VAEConfig) -> Array:
+    """One picture as uint8 (H, W, C), turned upright where its EXIF data say so.
+
+    Raises:
+        ValueError: another size, colour mode or number of frames than the network takes; nothing is converted.
+        OSError: it cannot be read or decoded.
+    """
+    mode, label = _MODES.get(config.channels, ("", f"{config.channels}-channel"))
+    side = config.image_size
+    formats = tuple(sorted(set(IMAGE_FORMATS.values())))
+    with Image.open(path, formats=formats) as image:
+        # Checked on the header, before anything is decoded: a picture of a billion pixels costs nothing.
+        if image.size != (side, side) or image.mode != mode:
+            width, height = image.size
+            raise ValueError(
+                f"expected a {side}x{side} {label} image, got {width}x{height} in Pillow mode {image.mode}; "
+                "resize or convert it first"
+            )
+        if getattr(image, "n_frames", 1) != 1:
+            raise ValueError("expected one frame, got several; split the file first")
+        return np.asarray(ImageOps.exif_transpose(image)).reshape(side, side, config.channels)
+
+
+def write_image(path: Path, pixels: Array) -> None:
+    """Write uint8 (H, W, C) in the format of ``path``'s suffix: JPEG at quality 95, everything else without loss."""
+    name = IMAGE_FORMATS[path.suffix.lower()]
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    with replacing(path) as file:
+        picture.save(file, format=name, **_SAVE_OPTIONS.get(name, {}))
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """The array of a ``.npy`` file under the key ``""``, or every array of a ``.npz`` file by name.
+
+    Raises:
+        ValueError: it is not what its suffix says, holds Python objects, or holds no array at all.
+        OSError: it cannot be read.
+    """
+    try:
+        # Mapped, so that a large .npy is read slice by slice; numpy ignores the mode for .npz.
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"expected a numpy file of plain numbers, got another kind or a damaged one ({error})"
+        ) from error
+    if isinstance(loaded, np.ndarray) != (path.suffix.lower() == ".npy"):
+        raise ValueError(f"expected a {path.suffix} file, got the other kind of numpy file; rename it")
+    if isinstance(loaded, np.ndarray):
+        return {"": loaded}
+    with loaded:
+        arrays = {name: loaded[name] for name in loaded.files}
+    if not arrays:
+        raise ValueError("expected at least one array, got an empty .npz")
+    return arrays
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array], *, compressed: bool) -> None:
+    """Write what :func:`read_arrays` gave, in the format of ``path``'s suffix."""
+    with replacing(path) as file:
+        if path.suffix.lower() == ".npy":
+            np.lib.format.write_array(file, arrays[""], allow_pickle=False)
+            return
+        # Not np.savez: it takes the names as keywords, and an array may be called "file".
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a ``.npz`` file has deflated members, as ``numpy.savez_compressed`` writes them."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes ``path``'s place when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
