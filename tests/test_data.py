@@ -1,0 +1,141 @@
+"""Data sets: IDX files, image folders, the split, and what happens when they are missing or damaged."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import data
+from training.data import load_dataset, read_idx, to_float, to_uint8
+
+
+def write_idx(path: Path, array: np.ndarray, compress: bool) -> None:
+    raw = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(raw) if compress else raw)
+
+
+@pytest.fixture
+def idx_folder(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for part, count, compress in (("train", 60, True), ("test", 20, False)):
+        images, labels = data._IDX_FILES[part]
+        ending = ".gz" if compress else ""
+        write_idx(folder / f"{images}{ending}", random.integers(0, 256, (count, 28, 28)), compress)
+        write_idx(folder / f"{labels}{ending}", random.integers(0, 10, count), compress)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["folder", "parent", "environment"])
+def test_idx_files_are_found(where: str, idx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DEFENSE_VAE_DATA", raising=False)
+    if where == "environment":
+        monkeypatch.setenv("DEFENSE_VAE_DATA", str(idx_folder.parent))
+    loaded = load_dataset("mnist", {"folder": idx_folder, "parent": idx_folder.parent}.get(where))
+    assert loaded.train.images.shape == (54, 1, 28, 28)
+    assert loaded.validation.images.shape == (6, 1, 28, 28)
+    assert loaded.test.images.shape == (20, 1, 28, 28)
+    everything = read_idx(idx_folder / "train-images-idx3-ubyte.gz")
+    joined = torch.cat([loaded.train.images, loaded.validation.images])
+    assert np.array_equal(joined.squeeze(1).numpy(), everything)
+    assert loaded.classes == 10
+
+
+def test_missing_data_names_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFENSE_VAE_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(FileNotFoundError, match=r"here.*elsewhere.*--data DIR or \$DEFENSE_VAE_DATA"):
+        load_dataset("mnist", tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected an IDX file"),
+        (b"\x00\x00\x0d\x03" + bytes(40), "expected an IDX file of unsigned bytes"),
+        (b"\x00\x00\x08\x03\x00\x00", "header is cut short"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x05abc", "expected 5 bytes of data"),
+        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x03abc")[:-6], "damaged gzip"),
+    ],
+    ids=["empty", "float-idx", "short-header", "short-data", "cut-gzip"],
+)
+def test_damaged_idx(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_idx(path)
+
+
+def test_label_count_must_match(idx_folder: Path) -> None:
+    write_idx(idx_folder / "t10k-labels-idx1-ubyte", np.zeros(19), compress=False)
+    with pytest.raises(ValueError, match="20 test images but 19 labels"):
+        load_dataset("mnist", idx_folder)
+
+
+def image_folder(root: Path, per_class: int, size: int, mode: str) -> None:
+    random = np.random.default_rng(1)
+    for name in ("cats", "dogs"):
+        (root / name).mkdir(parents=True)
+        for number in range(per_class):
+            shape = (size, size, 3) if mode == "RGB" else (size, size)
+            Image.fromarray(random.integers(0, 256, shape).astype(np.uint8), mode).save(root / name / f"{number}.png")
+
+
+@pytest.mark.parametrize(("mode", "channels", "size"), [("L", 1, 28), ("RGB", 3, 32)], ids=["gray28", "rgb32"])
+def test_image_folder(mode: str, channels: int, size: int, tmp_path: Path) -> None:
+    image_folder(tmp_path / "pets", 30, size, mode)
+    loaded = load_dataset(str(tmp_path / "pets"))
+    assert loaded.name == "pets"
+    assert loaded.class_names == ("cats", "dogs")
+    assert loaded.train.images.shape[1:] == (channels, size, size)
+    assert len(loaded.train) + len(loaded.validation) + len(loaded.test) == 60
+    assert len(loaded.test) == 6
+    pixels = np.asarray(Image.open(tmp_path / "pets" / "dogs" / "7.png")).reshape(size, size, channels)
+    parts = (loaded.train, loaded.validation, loaded.test)
+    found = [
+        int(part.labels[row])
+        for part in parts
+        for row in range(len(part))
+        if np.array_equal(part.images[row].permute(1, 2, 0).numpy(), pixels)
+    ]
+    assert found == [1]
+
+
+def test_image_folder_with_its_own_test_part(tmp_path: Path) -> None:
+    image_folder(tmp_path / "train", 20, 28, "L")
+    image_folder(tmp_path / "test", 5, 28, "L")
+    loaded = load_dataset(str(tmp_path))
+    assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (36, 4, 10)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: image_folder(root / "more", 1, 28, "L"), "one side"),
+        (lambda root: (root / "cats" / "bad.png").write_bytes(b"not an image"), "not a readable image"),
+    ],
+    ids=["two-sizes", "unreadable"],
+)
+def test_bad_image_folder(spoil: object, message: str, tmp_path: Path) -> None:
+    image_folder(tmp_path / "pets", 12, 32, "L")
+    assert callable(spoil)
+    spoil(tmp_path / "pets")
+    with pytest.raises(ValueError, match=message):
+        load_dataset(str(tmp_path / "pets"))
+
+
+def test_unsupported_image_size(tmp_path: Path) -> None:
+    image_folder(tmp_path / "pets", 12, 30, "L")
+    with pytest.raises(ValueError, match=r"28, 32, 64.*resize or crop"):
+        load_dataset(str(tmp_path / "pets"))
+
+
+def test_every_byte_survives_the_float_round_trip() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(every)), every)

@@ -1,0 +1,382 @@
+"""Training: losses, pairs, the run, its resumption and the commands, on the repository's own images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import Tensor, nn
+
+from defense_vae_fast.architecture import VAEConfig
+from defense_vae_fast.checkpoint import load_checkpoint
+from defense_vae_fast.nn.losses import (
+    agreement_loss,
+    defense_vae_loss,
+    end_to_end_loss,
+    kl_divergence,
+    reconstruction_loss,
+)
+from defense_vae_fast.nn.model import DefenseVAE, VAEOutput
+from training.__main__ import cli
+from training.attacks import FGSM, PAPER_TRAINING_ATTACKS
+from training.classifiers import CLASSIFIERS, build
+from training.data import Dataset, Split, to_float
+from training.evaluate import evaluate, summary
+from training.fit import CHECKPOINT_FILE, LOG_FILE, STATE_FILE, fit
+from training.pairs import FlyPairs, Order, TablePairs, attack_all
+from training.recipe import PRESETS, Recipe, preset
+from training.train_classifier import accuracy, fit_classifier, load_classifier, save_classifier
+
+TINY = Recipe(
+    "tiny", "fly", ("D",), steps=6, attacked=12, clean=4, learning_rate=1e-3, decay=0.3, agreement_weight=1.0, averaging=0.9
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(demo_images: tuple[Tensor, Tensor]) -> Dataset:
+    images, labels = demo_images
+    parts = [Split(images[a:b], labels[a:b]) for a, b in ((0, 300), (300, 400), (400, 500))]
+    return Dataset("fashion_mnist", *parts, class_names=tuple(map(str, range(10))))
+
+
+# Losses
+
+
+def test_reconstruction_is_the_summed_cross_entropy_of_equation_4() -> None:
+    logits, clean = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.rand(3, 1, 4, 4, dtype=torch.float64)
+    p = torch.sigmoid(logits)
+    by_hand = -(clean * p.log() + (1 - clean) * (1 - p).log()).sum() / 3
+    assert float(reconstruction_loss(logits, clean)) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_kl_is_that_of_two_gaussians() -> None:
+    mu, logvar = torch.randn(5, 7), torch.randn(5, 7)
+    posterior = torch.distributions.Normal(mu, (logvar / 2).exp())
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum() / 5
+    assert float(kl_divergence(mu, logvar)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_losses_add_up() -> None:
+    output = VAEOutput(torch.randn(3, 1, 4, 4), torch.randn(3, 7), torch.randn(3, 7))
+    clean, logits, labels = torch.rand(3, 1, 4, 4), torch.randn(3, 10), torch.tensor([1, 2, 3])
+    reconstruction, divergence = reconstruction_loss(output.logits, clean), kl_divergence(output.mu, output.logvar)
+    equation_4 = defense_vae_loss(output, clean, kl_weight=0.5)
+    assert float(equation_4) == pytest.approx(float(reconstruction + 0.5 * divergence))
+    equation_5 = end_to_end_loss(output, clean, logits, labels, classifier_weight=3.0, kl_weight=0.5)
+    cross_entropy = nn.functional.cross_entropy(logits, labels)
+    assert float(equation_5) == pytest.approx(float(equation_4 + 3 * cross_entropy))
+    assert float(agreement_loss(logits, logits)) == pytest.approx(0, abs=1e-6)
+    assert float(agreement_loss(logits, logits.roll(1, 1))) > 0.1
+
+
+def test_zero_kl_weight_ignores_an_infinite_divergence() -> None:
+    output = VAEOutput(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2), torch.full((1, 2), 1e4))
+    assert math.isfinite(float(defense_vae_loss(output, torch.rand(1, 1, 2, 2), kl_weight=0)))
+
+
+@pytest.mark.parametrize("loss", [reconstruction_loss, kl_divergence, agreement_loss])
+def test_losses_refuse_two_shapes(loss: object) -> None:
+    assert callable(loss)
+    with pytest.raises(ValueError, match="expected one shape"):
+        loss(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+# The module
+
+
+def test_initialisation_is_the_papers() -> None:
+    torch.manual_seed(0)
+    model = DefenseVAE()
+    convolution = model.get_parameter("encoder4.weight")
+    assert float(convolution.detach().std()) == pytest.approx(0.02, rel=0.02)
+    scale = torch.cat([model.get_parameter(f"{name}.norm.weight").detach() for name in ("encoder3", "encoder4", "decoder2")])
+    assert float(scale.mean()) == pytest.approx(1, abs=0.01)
+    assert float(scale.std()) == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("size,channels", [(28, 1), (32, 3), (64, 3), (128, 1)])
+def test_eval_uses_the_mean_and_training_samples(size: int, channels: int) -> None:
+    torch.manual_seed(0)
+    model = DefenseVAE(VAEConfig(size, channels))
+    images = torch.rand(3, channels, size, size)
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)
+    model.eval()
+    first = model(images)
+    assert first.logits.shape == images.shape
+    assert first.mu.shape == first.logvar.shape == (3, 128)
+    assert torch.equal(first.logits, model(images).logits)
+    torch.testing.assert_close(model.purify(images), torch.sigmoid(first.logits))
+
+
+# Classifiers
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("size,channels", [(28, 1), (32, 3)])
+def test_classifiers_give_logits(name: str, size: int, channels: int) -> None:
+    model = build(name, channels, size, classes=7).eval()
+    assert model(torch.rand(2, channels, size, size)).shape == (2, 7)
+
+
+TABLE_5_PARAMETERS = {
+    "A": 5 * 5 * 64 + 64 + 64 * 64 * 25 + 64 + 9216 * 128 + 128 + 1290,
+    "B": 64 * 64 + 64 + 64 * 128 * 36 + 128 + 128 * 128 * 25 + 128 + 512 * 10 + 10,
+    "C": 128 * 9 + 128 + 128 * 64 * 25 + 64 + 9216 * 128 + 128 + 1290,
+    "D": 784 * 200 + 200 + 200 * 200 + 200 + 2010,
+    "E": 784 * 200 + 200 + 200 * 200 + 200 + 2010,
+}
+
+
+@pytest.mark.parametrize("name", TABLE_5_PARAMETERS)
+def test_table_5_parameter_counts(name: str) -> None:
+    assert sum(parameter.numel() for parameter in build(name).parameters()) == TABLE_5_PARAMETERS[name]
+
+
+def test_classifier_training_learns_and_its_file_gives_it_back(dataset: Dataset, tmp_path: Path) -> None:
+    model = fit_classifier("D", dataset, epochs=12, batch_size=30, learning_rate=2e-3)
+    assert accuracy(model, dataset.train) > 75
+    path = tmp_path / "d.safetensors"
+    save_classifier(path, "D", model, {"channels": 1, "image_size": 28, "classes": 10})
+    loaded, header = load_classifier(path)
+    assert header["name"] == "D"
+    images = to_float(dataset.test.images)
+    torch.testing.assert_close(loaded(images), model(images), atol=0.05, rtol=0.02)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="expected a classifier"):
+        load_classifier(path)
+
+
+# Pairs
+
+
+def test_order_is_a_new_permutation_every_epoch_and_depends_on_position_alone() -> None:
+    whole = Order(10, seed=3).take(0, 30)
+    for epoch in whole.split(10):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert not torch.equal(whole[:10], whole[10:20])
+    again = Order(10, seed=3)
+    assert torch.equal(torch.cat([again.take(start, 7) for start in range(0, 28, 7)]), whole[:28])
+    assert torch.equal(Order(10, seed=3).take(13, 9), whole[13:22])
+
+
+def test_table_pairs_hold_twelve_attacks_and_the_clean_image(dataset: Dataset, classifier_d: nn.Module) -> None:
+    source = TablePairs(dataset.train, {"D": classifier_d}, batch_size=16, seed=0, images=20, cw_images=8)
+    rows = 8 * 20 + 4 * 8 + 20
+    assert source.steps_per_epoch == rows // 16
+    batches = [source.batch(step) for step in range(source.steps_per_epoch + 1)]
+    inputs = torch.cat([batch.inputs for batch in batches])[:rows]
+    index = torch.cat([batch.index for batch in batches])[:rows]
+    assert index.bincount().tolist() == [13] * 8 + [9] * 12
+    distance = (inputs - to_float(dataset.train.images[index])).abs().amax((1, 2, 3))
+    # Each image comes once as it is, four times each within FGSM's and RAND-FGSM's four epsilons, and under CW beyond them.
+    assert int((distance == 0).sum()) >= 20
+    assert int((distance > 0.4 + 1 / 255).sum()) >= 20
+    linf = [attack.epsilon for attack in PAPER_TRAINING_ATTACKS if hasattr(attack, "epsilon")]
+    assert sorted(linf) == [0.25, 0.25, 0.3, 0.3, 0.35, 0.35, 0.4, 0.4]
+
+
+def test_fly_pairs_attack_most_of_a_batch_and_repeat_with_the_seed(dataset: Dataset, classifier_d: nn.Module) -> None:
+    source = FlyPairs(dataset.train, [classifier_d], attacked=24, clean=8, seed=0)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        return source.batch(step)
+
+    for step, iterated in ((2, "pgd"), (3, "cw")):
+        inputs, index = batch(step)
+        clean = to_float(dataset.train.images[index])
+        assert torch.equal(inputs[24:], clean[24:])
+        distance = (inputs - clean)[:24].abs().amax((1, 2, 3))
+        assert 0.02 - 1 / 255 <= float(distance[:12].min())
+        assert float(distance[:12].max()) <= 0.45 + 1 / 255
+        if iterated == "pgd":
+            assert float(distance[12:].max()) <= 0.4 + 1 / 255
+        else:
+            # CW leaves an image alone that was misclassified to begin with.
+            assert int((distance[12:] > 0.5).sum()) >= 8
+        wrong = (classifier_d(inputs[:24]).argmax(1) != dataset.train.labels[index[:24]]).float().mean()
+        assert float(wrong) > 0.6
+        assert torch.equal(batch(step)[0], inputs)
+
+
+def test_predicted_labels_change_the_attack_where_the_classifier_errs(dataset: Dataset, classifier_d: nn.Module) -> None:
+    true, guessed = (
+        attack_all(FGSM(0.1), classifier_d, dataset.test, predicted_labels=predicted) for predicted in (False, True)
+    )
+    wrong = classifier_d(to_float(dataset.test.images)).argmax(1) != dataset.test.labels
+    same = (true == guessed).flatten(1).all(1)
+    assert 0 < int(wrong.sum()) < len(wrong)
+    assert bool(same[~wrong].all())
+    assert not bool(same[wrong].any())
+
+
+# The run
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(tensor.copy()) for name, tensor in load_checkpoint(path).tensors.items()}
+
+
+@pytest.mark.parametrize("pairs", ["fly", "table"])
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
+    pairs: str, dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
+) -> None:
+    recipe = replace(TINY, pairs=pairs, images=8, cw_images=2, decay=0.0)
+    whole = fit(dataset, {"D": classifier_d}, recipe, tmp_path / "whole")
+    fit(dataset, {"D": classifier_d}, replace(recipe, steps=4), tmp_path / "parts")
+    torch.manual_seed(99)
+    parts = fit(dataset, {"D": classifier_d}, recipe, tmp_path / "parts", resume=True)
+    assert whole.finished
+    assert parts.finished
+    assert (tmp_path / "whole" / STATE_FILE).read_bytes() == (tmp_path / "parts" / STATE_FILE).read_bytes()
+    first, second = weights(whole.checkpoint), weights(parts.checkpoint)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_lowers_the_loss_and_writes_what_it_promises(
+    dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
+) -> None:
+    recipe = replace(TINY, steps=38, agreement_weight=0.0, averaging=0.5)
+    result = fit(dataset, {"D": classifier_d}, recipe, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [18, 36, 38]
+    untrained = 784 * math.log(2)
+    assert lines[-1]["loss"] < 0.9 * untrained
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    header = load_checkpoint(result.checkpoint)
+    assert header.recipe["classifiers"] == ["D"]
+    assert header.recipe["kl_weight"] == 0.0
+    assert header.recipe["steps_made"] == 38
+    assert set(header.accuracies["validation"]) == {"clean", "fgsm_0.3"}
+    assert header.versions["torch"] == torch.__version__
+
+
+def test_a_run_is_not_overwritten_and_another_recipe_is_not_resumed(
+    dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
+) -> None:
+    recipe = replace(TINY, steps=1)
+    fit(dataset, {"D": classifier_d}, recipe, tmp_path)
+    with pytest.raises(FileExistsError, match="--resume"):
+        fit(dataset, {"D": classifier_d}, recipe, tmp_path)
+    with pytest.raises(ValueError, match=r"differs in kl_weight \(0.0 there, 1.0 here\)"):
+        fit(dataset, {"D": classifier_d}, replace(recipe, kl_weight=1.0), tmp_path, resume=True)
+    (tmp_path / STATE_FILE).write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="delete it to start anew"):
+        fit(dataset, {"D": classifier_d}, recipe, tmp_path, resume=True)
+
+
+def test_evaluate_on_a_purifier_that_changes_nothing_is_exact(
+    dataset: Dataset, classifier_d: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = DefenseVAE().eval()
+    monkeypatch.setattr(model, "purify", lambda images: images)
+    cells = evaluate(model, {"D": classifier_d}, dataset.test, {"fgsm": FGSM(0.3)}, dataset="fashion_mnist")
+    clean, attacked = cells
+    assert clean.bare == clean.purified == accuracy(classifier_d, dataset.test)
+    assert attacked.bare == attacked.purified < 30
+    assert attacked.paper == 85.36
+    assert summary(cells) == {"attacked_mean": attacked.purified, "clean_loss": 0.0}
+
+
+# Recipes and commands
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_learning_rate_stays_within_its_peak(name: str) -> None:
+    recipe = preset(name)
+    rates = [recipe.rate(step, 1000) for step in range(1000)]
+    assert max(rates) == pytest.approx(recipe.learning_rate)
+    assert min(rates) > 0
+    assert rates[-1] == pytest.approx(recipe.learning_rate / (recipe.decay * 1000) if recipe.decay else rates[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pairs": "both"}, {"classifiers": ()}, {"steps": 0}, {"epochs": 3}, {"attacked": 0}, {"kl_weight": -1.0},
+        {"learning_rate": 0.0}, {"averaging": 1.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_recipes(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="recipe.*expected"):
+        replace(TINY, **change)  # type: ignore[arg-type]
+
+
+MY_CLASSIFIER = """
+import torch
+def make():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+"""
+
+
+def test_fit_on_own_images_and_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, level in (("dark", 60), ("light", 190)):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (32, 32), (level + number, level, level)).save(folder / f"{number}.png")
+    (tmp_path / "mine.py").write_text(MY_CLASSIFIER)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "images", "--classifier", "mine:make", "--preset", "pooled", "--steps", "2", "--device", "cpu"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    checkpoint = load_checkpoint(tmp_path / "runs" / "images-pooled" / CHECKPOINT_FILE)
+    assert checkpoint.config == VAEConfig(32, 3)
+    assert checkpoint.recipe["class_names"] == ["dark", "light"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "no/such/folder"], "expected one of fashion_mnist, mnist or a folder"),
+        (["evaluate", "fashion_mnist", "--checkpoint", "nothing"], "no such file"),
+        (["fit", "fashion_mnist", "--device", "cuda:99"], "--device cuda:99: not usable here"),
+    ],
+    ids=["data", "checkpoint", "device"],
+)
+def test_errors_are_one_line_and_exit_2(arguments: list[str], message: str) -> None:
+    process = subprocess.run([sys.executable, "-m", "training", *arguments], capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
+    for name, level in (("dark", 60), ("light", 190)):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.new("L", (28, 28), level + number).save(folder / f"{number}.png")
+    (tmp_path / "mine.py").write_text(MY_CLASSIFIER.replace("3 * 32 * 32", "784"))
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "training", "fit", str(tmp_path / "images"), "--classifier", "mine:make", "--preset", "pooled",
+            "--steps", "100000", "--out", str(tmp_path / "run"), "--device", "cpu",
+        ],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / STATE_FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume goes on" in errors
+    assert "Traceback" not in errors
+    assert load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE).recipe["steps_made"] >= 1

@@ -1,0 +1,1 @@
+"""The defences that the paper compares itself with, run in the same harness."""

@@ -1,0 +1,235 @@
+"""Images and labels: IDX files, image folders, and the split that keeps the test set untouched."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from defense_vae_fast.architecture import supported_image_sizes
+
+VALIDATION_IMAGES = 5000
+IDX_DATASETS = ("fashion_mnist", "mnist")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff")
+
+_IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_DEBIAN_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
+# The publisher's own copy, by file: address and SHA-256.
+_FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+_FASHION_MNIST_SHA256 = {
+    "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their labels.
+
+    ``images`` is uint8 (N, C, H, W) in 0..255, ``labels`` int64 (N,).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same split on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def first(self, count: int | None) -> Split:
+        """The first ``count`` images; all of them where None."""
+        return Split(self.images[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set split into training, validation (cut from the training images) and test images."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [0, 1] -> uint8 0..255, rounded to the nearest: what a camera or an image file can carry."""
+    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def load_dataset(name: str, data: Path | None = None) -> Dataset:
+    """Load a data set by name, or a folder of images by its path.
+
+    IDX files are looked for in ``data`` (or its sub-folder ``name``), in ``$DEFENSE_VAE_DATA`` the same way and where Debian's
+    package puts them; Fashion-MNIST is downloaded, with its checksums, when none of these has it.
+    A folder holds ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` from which a tenth becomes the test set.
+    The last 5,000 training images (a tenth of a small set) are held out for validation.
+
+    Raises:
+        FileNotFoundError: the data are nowhere; the message lists where was looked.
+        ValueError: a file is damaged or an image has a size that no network fits.
+    """
+    if name in IDX_DATASETS:
+        folder = _find_idx(name, data)
+        train, test = (_read_split(folder, part) for part in ("train", "test"))
+        names = _FASHION_MNIST_CLASSES if name == "fashion_mnist" else tuple(map(str, range(10)))
+    else:
+        train, test, names = _read_image_folder(Path(name))
+    held_out = min(VALIDATION_IMAGES, len(train) // 10)
+    cut = len(train) - held_out
+    return Dataset(
+        name=name if name in IDX_DATASETS else Path(name).resolve().name,
+        train=Split(train.images[:cut], train.labels[:cut]),
+        validation=Split(train.images[cut:], train.labels[cut:]),
+        test=test,
+        class_names=names,
+    )
+
+
+_FASHION_MNIST_CLASSES = (
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+def read_idx(path: Path) -> npt.NDArray[np.uint8]:
+    """Read one IDX file of unsigned bytes, gzip-compressed or not.
+
+    Raises:
+        ValueError: it is not such a file, or it is cut short.
+    """
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: damaged gzip data ({error}); fetch the file again") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path}: expected an IDX file of unsigned bytes, got the first bytes {raw[:4].hex()}")
+    rank = raw[3]
+    header = 4 + 4 * rank
+    if len(raw) < header:
+        raise ValueError(f"{path}: the IDX header is cut short; fetch the file again")
+    shape = struct.unpack(f">{rank}I", raw[4:header])
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(raw) - header != expected:
+        raise ValueError(f"{path}: expected {expected} bytes of data for shape {shape}, got {len(raw) - header}")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _read_split(folder: Path, part: str) -> Split:
+    images_name, labels_name = _IDX_FILES[part]
+    images = read_idx(_idx_path(folder, images_name))
+    labels = read_idx(_idx_path(folder, labels_name))
+    if len(images) != len(labels):
+        raise ValueError(f"{folder}: {len(images)} {part} images but {len(labels)} labels")
+    return Split(torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _idx_path(folder: Path, stem: str) -> Path:
+    plain = folder / stem
+    return plain if plain.exists() else folder / f"{stem}.gz"
+
+
+def _find_idx(name: str, data: Path | None) -> Path:
+    roots = [Path(root) for root in (data, os.environ.get("DEFENSE_VAE_DATA")) if root]
+    places = [place for root in roots for place in (root, root / name)]
+    if name in _DEBIAN_FOLDERS:
+        places.append(_DEBIAN_FOLDERS[name])
+    for place in places:
+        if all(_idx_path(place, stem).exists() for stems in _IDX_FILES.values() for stem in stems):
+            return place
+    looked = ", ".join(map(str, places)) or "no folder"
+    if name != "fashion_mnist" or data is not None:
+        raise FileNotFoundError(
+            f"{name}: expected the four IDX files ({_IDX_FILES['train'][0]}[.gz], ...), looked in {looked}; "
+            "name their folder with --data DIR or $DEFENSE_VAE_DATA"
+        )
+    return _download_fashion_mnist(looked)
+
+
+def _download_fashion_mnist(looked: str) -> Path:
+    import pooch
+
+    folder = Path(pooch.os_cache("defense-vae-fast")) / "fashion_mnist"
+    fetcher = pooch.create(folder, base_url=_FASHION_MNIST_URL, registry=_FASHION_MNIST_SHA256)
+    try:
+        for file in _FASHION_MNIST_SHA256:
+            fetcher.fetch(file, progressbar=False)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"fashion_mnist: not in {looked}, and the download failed ({error}); "
+            "name a folder that holds the four IDX files with --data DIR or $DEFENSE_VAE_DATA"
+        ) from error
+    return folder
+
+
+def _read_image_folder(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: expected one of {', '.join(IDX_DATASETS)} or a folder of images, one sub-folder a class")
+    has_parts = (root / "train").is_dir() and (root / "test").is_dir()
+    base = root / "train" if has_parts else root
+    names = tuple(sorted(folder.name for folder in base.iterdir() if folder.is_dir()))
+    if len(names) < 2:
+        raise ValueError(f"{base}: expected at least two class folders, got {len(names)}")
+    if has_parts:
+        return _read_classes(base, names), _read_classes(root / "test", names), names
+    everything = _read_classes(base, names)
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) // 10], order[len(order) // 10 :]
+    parts = (Split(everything.images[index], everything.labels[index]) for index in (train, test))
+    return *parts, names
+
+
+def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
+    from PIL import Image, UnidentifiedImageError
+
+    images, labels = [], []
+    for label, name in enumerate(names):
+        for path in sorted((root / name).rglob("*")):
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            try:
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
+            except (UnidentifiedImageError, OSError) as error:
+                raise ValueError(f"{path}: not a readable image ({error}); remove or replace it") from error
+            images.append(pixels if pixels.ndim == 3 else pixels[..., None])
+            labels.append(label)
+    if not images:
+        raise ValueError(f"{root}: no images found under {', '.join(names)}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    shapes = {image.shape for image in images}
+    height, width, _ = next(iter(shapes))
+    if len(shapes) != 1 or height != width or height not in supported_image_sizes():
+        sizes = ", ".join(map(str, supported_image_sizes()))
+        raise ValueError(
+            f"{root}: expected square images of one side ({sizes}) and one number of channels, got {sorted(shapes)[:4]}; "
+            "resize or crop them first"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(stacked[order], torch.tensor(labels)[order])

@@ -1,0 +1,151 @@
+"""Measure a purifier: accuracy of classifiers with and without it, clean and attacked.
+
+All attacks here are *oblivious*: they are made on the bare classifier, as the paper's "white-box" ones are, and the
+purifier comes afterwards. They say nothing about an attacker who knows that it is there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from defense_vae_fast.nn.model import DefenseVAE
+from training.attacks import FGSM, PAPER_TEST_ATTACKS, PGD, Attack, CarliniWagnerL2, predict
+from training.data import Split, to_float, to_uint8
+from training.pairs import attack_all
+
+# What a classifier outside the training pool is tried with, beside the paper's three.
+TRANSFER_ATTACKS: dict[str, Attack] = {
+    "fgsm_0.1": FGSM(0.1),
+    "fgsm_0.3": FGSM(0.3),
+    "pgd_0.1": PGD(0.1, steps=20),
+    "pgd_0.3": PGD(0.3, steps=20),
+    "cw": CarliniWagnerL2(10.0),
+    "cw_small": CarliniWagnerL2(0.01),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement; accuracies in percent.
+
+    ``labels`` says what the attack ran away from: ``true`` labels (the paper) or the classifier's ``predicted`` ones.
+    ``bare`` and ``purified`` are the classifier's accuracy without and with the purifier on the same images.
+    """
+
+    classifier: str
+    attack: str
+    labels: str
+    images: int
+    bare: float
+    purified: float
+    paper: float | None = None
+
+
+def paper_accuracy(dataset: str, attack: str, classifier: str) -> float | None:
+    """The paper's Table 1, column "Defense-VAE", in percent; None where it has no such cell."""
+    table = json.loads(resources.files("training").joinpath("paper_table1.json").read_text())
+    value = table.get(dataset, {}).get(attack, {}).get(classifier)
+    return None if value is None else float(value)
+
+
+def evaluate(
+    model: DefenseVAE,
+    classifiers: Mapping[str, nn.Module],
+    split: Split,
+    attacks: Mapping[str, Attack],
+    *,
+    dataset: str = "",
+    predicted_labels: bool = False,
+    seed: int = 0,
+) -> list[Cell]:
+    """Accuracy of every classifier on clean images and under every attack, bare and behind the purifier.
+
+    Attacked images are rounded to 8 bits before anybody looks at them, and purified ones after.
+
+    Args:
+        model: the purifier, in eval mode.
+        classifiers: by name, in eval mode.
+        split: images and labels, on the device of the models.
+        attacks: by the name used in the report.
+        dataset: names the paper's cells to put beside ours.
+        predicted_labels: attack away from the classifier's own predictions.
+        seed: seeds the attacks' noise.
+    """
+    cells = []
+    for name, classifier in classifiers.items():
+        made = {"clean": split.images}
+        for attack_name, attack in attacks.items():
+            made[attack_name] = attack_all(
+                attack, classifier, split, seed=seed, predicted_labels=predicted_labels, title=f"{attack_name} on {name}"
+            )
+        for attack_name, images in made.items():
+            labels = "predicted" if predicted_labels and attack_name != "clean" else "true"
+            cells.append(
+                Cell(
+                    name, attack_name, labels, len(split),
+                    bare=_accuracy(classifier, images, split.labels),
+                    purified=_accuracy(classifier, purify_all(model, images), split.labels),
+                    paper=paper_accuracy(dataset, attack_name, name),
+                )
+            )  # fmt: skip
+    return cells
+
+
+@torch.no_grad()
+def purify_all(model: DefenseVAE, images: Tensor) -> Tensor:
+    """uint8 (N, C, H, W) -> purified uint8 (N, C, H, W)."""
+    return torch.cat([to_uint8(model.purify(to_float(part))) for part in images.split(250)])
+
+
+def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
+    correct = 0
+    for part, wanted in zip(images.split(250), labels.split(250), strict=True):
+        correct += int((predict(classifier, to_float(part)) == wanted).sum())
+    return round(100 * correct / len(images), 2)
+
+
+def summary(cells: list[Cell]) -> dict[str, float]:
+    """Mean accuracy behind the purifier over the attacked cells, and mean points that clean images lose."""
+    attacked = [cell.purified for cell in cells if cell.attack != "clean"]
+    lost = [cell.bare - cell.purified for cell in cells if cell.attack == "clean"]
+    return {
+        "attacked_mean": round(sum(attacked) / len(attacked), 2) if attacked else float("nan"),
+        "clean_loss": round(sum(lost) / len(lost), 2) if lost else float("nan"),
+    }
+
+
+def render(cells: list[Cell], title: str) -> Table:
+    """The cells as a table for a terminal."""
+    table = Table(title=title)
+    for column in ("classifier", "attack", "labels", "bare", "purified", "paper", "difference"):
+        table.add_column(column, justify="left" if column in ("classifier", "attack", "labels") else "right")
+    for cell in cells:
+        paper = "" if cell.paper is None else f"{cell.paper:.2f}"
+        difference = "" if cell.paper is None else f"{cell.purified - cell.paper:+.2f}"
+        table.add_row(cell.classifier, cell.attack, cell.labels, f"{cell.bare:.2f}", f"{cell.purified:.2f}", paper, difference)
+    return table
+
+
+def records(cells: list[Cell]) -> list[dict[str, object]]:
+    """The cells as plain dictionaries, for JSON."""
+    return [asdict(cell) for cell in cells]
+
+
+__all__ = [
+    "PAPER_TEST_ATTACKS",
+    "TRANSFER_ATTACKS",
+    "Cell",
+    "evaluate",
+    "paper_accuracy",
+    "purify_all",
+    "records",
+    "render",
+    "summary",
+]

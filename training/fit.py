@@ -1,0 +1,272 @@
+"""Train a Defense-VAE on pairs of attacked and clean images (equation 4)."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from defense_vae_fast import __version__
+from defense_vae_fast.architecture import VAEConfig
+from defense_vae_fast.checkpoint import Checkpoint, save_checkpoint
+from defense_vae_fast.nn.losses import agreement_loss, defense_vae_loss
+from defense_vae_fast.nn.model import DefenseVAE
+from training.attacks import FGSM, predict
+from training.data import Dataset, Split, to_float
+from training.pairs import FlyPairs, PairSource, TablePairs, attack_all
+from training.progress import bar
+from training.recipe import Recipe
+from training.state import load_state, save_state
+
+STATE_FILE = "state.safetensors"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+LOG_FILE = "log.jsonl"
+SECONDS_BETWEEN_SAVES = 120
+VALIDATION_SUBSET = 500
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Where a run left its files, and how far it came."""
+
+    checkpoint: Path
+    step: int
+    steps: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were made."""
+        return self.step == self.steps
+
+
+def fit(
+    data: Dataset,
+    classifiers: Mapping[str, nn.Module],
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    tensorboard: bool = False,
+) -> FitResult:
+    """Train, writing the state, the purifier and a log into ``out`` at the end of every epoch and every two minutes.
+
+    Ctrl-C or SIGTERM stops after the current step and leaves a usable checkpoint; ``resume`` goes on from there, on the same
+    device with the same bits as an uninterrupted run.
+
+    Args:
+        data: the data set; training uses its training split, the log its validation split, nothing its test split.
+        classifiers: the attacked classifiers by name, in eval mode, gradients of their weights off.
+        recipe: everything that decides the weights.
+        out: folder of the run.
+        device: where to train.
+        resume: go on from ``out``'s state.
+        tensorboard: write TensorBoard events into ``out`` too.
+
+    Raises:
+        FileExistsError: ``out`` holds a run and ``resume`` was not asked for.
+        ValueError: the state to resume belongs to another recipe.
+    """
+    device = torch.device(device)
+    state_path = out / STATE_FILE
+    if state_path.exists() and not resume:
+        raise FileExistsError(f"{out}: holds a run already; go on with --resume, or choose another --out")
+    torch.manual_seed(recipe.seed)
+    _, channels, size, _ = data.train.images.shape
+    model = DefenseVAE(VAEConfig(size, channels, recipe.latent_dim)).to(device).to(memory_format=torch.channels_last)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
+    optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, fused=True)
+    train = data.train.to(device)
+    source = _pair_source(train, classifiers, recipe)
+    steps = recipe.steps or recipe.epochs * source.steps_per_epoch
+    run = _Run(model, averaged, optimizer, train, source, classifiers, recipe, steps)
+    monitor = Monitor(data, classifiers, device, out, tensorboard)
+    shipped = averaged.module if recipe.averaging else model
+    step = 0
+    # The last use of randomness before the first step, so that nothing above shifts the stream.
+    torch.manual_seed(recipe.seed)
+    if resume and state_path.exists():
+        step = load_state(state_path, model=model, averaged=averaged, optimizer=optimizer, recipe=recipe.to_dict())
+
+    saved = time.monotonic()
+    with bar(f"Defense-VAE on {data.name}", steps, step) as progress, _stop_signal() as stopping:
+        while step < steps:
+            loss = run.step(step)
+            step += 1
+            progress.update(1, images=recipe.attacked + recipe.clean, loss=loss)
+            epoch_ends = step % source.steps_per_epoch == 0 or step == steps
+            if epoch_ends:
+                monitor.report(shipped, step, loss, recipe.rate(step - 1, steps))
+            if epoch_ends or stopping.is_set() or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                save_state(
+                    state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, recipe=recipe.to_dict()
+                )
+                accuracies = {"validation": monitor.latest} if step == steps else {}
+                save_checkpoint(out / CHECKPOINT_FILE, _bundle(shipped, data, recipe, step, steps, accuracies))
+                saved = time.monotonic()
+            if stopping.is_set():
+                break
+    return FitResult(out / CHECKPOINT_FILE, step, steps)
+
+
+@dataclass
+class _Run:
+    """What a step needs."""
+
+    model: DefenseVAE
+    averaged: AveragedModel
+    optimizer: torch.optim.Optimizer
+    train: Split
+    source: PairSource
+    classifiers: Mapping[str, nn.Module]
+    recipe: Recipe
+    steps: int
+
+    def __post_init__(self) -> None:
+        self.pool = list(self.classifiers.values())
+        # The classifiers' word on every clean image is read once, not at every step.
+        wanted = self.pool if self.recipe.agreement_weight else []
+        self.clean_logits = [_logits(classifier, self.train) for classifier in wanted]
+        self.model.train()
+
+    def step(self, step: int) -> Tensor:
+        """One optimizer step; returns the loss without waiting for it."""
+        pairs = self.source.batch(step)
+        clean = to_float(self.train.images[pairs.index])
+        with torch.autocast(clean.device.type, torch.bfloat16):
+            output = self.model(pairs.inputs)
+        loss = defense_vae_loss(output, clean, self.recipe.kl_weight)
+        if self.recipe.agreement_weight:
+            # Half the pool away from the classifier that this batch was attacked against, shifting by one each round.
+            count = len(self.pool)
+            judge = (step + count // 2 + step // count) % count
+            with torch.autocast(clean.device.type, torch.bfloat16):
+                logits = self.pool[judge](torch.sigmoid(output.logits.float()))
+            loss = loss + self.recipe.agreement_weight * agreement_loss(logits, self.clean_logits[judge][pairs.index])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(step, self.steps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.averaged.update_parameters(self.model)
+        return loss.detach()
+
+
+class Monitor:
+    """Validation accuracy of the attacked classifiers behind the purifier, kept in a log while training goes on.
+
+    It looks at a small fixed part of the validation split, clean and under FGSM 0.3.
+    """
+
+    def __init__(
+        self, data: Dataset, classifiers: Mapping[str, nn.Module], device: torch.device, out: Path, tensorboard: bool
+    ) -> None:
+        self._split = data.validation.first(VALIDATION_SUBSET).to(device)
+        self._classifiers = classifiers
+        self._attacked = {name: attack_all(FGSM(0.3), model, self._split) for name, model in classifiers.items()}
+        self._log = out / LOG_FILE
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(out / "tensorboard")  # type: ignore[no-untyped-call]
+        self.latest: dict[str, float] = {}
+
+    @torch.no_grad()
+    def report(self, model: DefenseVAE, step: int, loss: Tensor, rate: float) -> None:
+        """Measure, append a line to the log, and leave the model in the mode it was in."""
+        mode = model.training
+        model.eval()
+        labels = self._split.labels
+        purified = _purify(model, self._split.images)
+        clean = sum(_accuracy(classifier, purified, labels) for classifier in self._classifiers.values())
+        attacked = sum(
+            _accuracy(classifier, _purify(model, self._attacked[name]), labels)
+            for name, classifier in self._classifiers.items()
+        )
+        model.train(mode)
+        count = len(self._classifiers)
+        self.latest = {"clean": round(clean / count, 2), "fgsm_0.3": round(attacked / count, 2)}
+        line = {"step": step, "loss": round(float(loss), 4), "learning_rate": rate, **self.latest}
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        if self._writer is not None:
+            for key, value in line.items():
+                if key != "step":
+                    self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            self._writer.flush()  # type: ignore[no-untyped-call]
+
+
+def _purify(model: DefenseVAE, images: Tensor) -> Tensor:
+    return torch.cat([model.purify(to_float(part)) for part in images.split(250)])
+
+
+def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return 100 * float((predict(classifier, images) == labels).float().mean())
+
+
+def _pair_source(train: Split, classifiers: Mapping[str, nn.Module], recipe: Recipe) -> PairSource:
+    if recipe.pairs == "fly":
+        return FlyPairs(
+            train, list(classifiers.values()), attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed
+        )
+    return TablePairs(
+        train, classifiers, batch_size=recipe.attacked, seed=recipe.seed, images=recipe.images or None,
+        cw_images=recipe.cw_images or None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _logits(classifier: nn.Module, split: Split) -> Tensor:
+    return torch.cat([classifier(to_float(images)).float() for images in split.images.split(100)])
+
+
+def _bundle(
+    model: nn.Module, data: Dataset, recipe: Recipe, step: int, steps: int, accuracies: dict[str, Any]
+) -> Checkpoint:
+    assert isinstance(model, DefenseVAE)
+    return Checkpoint(
+        config=model.config,
+        tensors=model.checkpoint_tensors(),
+        dataset=data.name,
+        recipe={**recipe.to_dict(), "steps_made": step, "steps_planned": steps, "class_names": list(data.class_names)},
+        accuracies=accuracies,
+        versions={
+            "defense_vae_fast": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts as usual. Outside the main thread nothing is caught."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

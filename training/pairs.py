@@ -1,0 +1,206 @@
+"""Training pairs: attacked images and the clean images behind them.
+
+Two sources with one face. :class:`TablePairs` is the paper's: every attack on every image made beforehand.
+:class:`FlyPairs` attacks each batch afresh, so that no perturbation is seen twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, PGD, Attack, CarliniWagnerL2, predict
+from training.data import Split, to_float, to_uint8
+from training.progress import bar
+
+ATTACK_BATCH = 250
+
+
+class Pairs(NamedTuple):
+    """One batch."""
+
+    inputs: Tensor
+    """(N, C, H, W) float images in [0, 1], attacked or clean, rounded to 8 bits."""
+    index: Tensor
+    """(N,) int64 position of the clean image behind each in the training split."""
+
+
+class PairSource(Protocol):
+    """Gives the batch of a training step; a function of the step and torch's random state alone, so that training resumes exactly."""
+
+    steps_per_epoch: int
+
+    def batch(self, step: int) -> Pairs:
+        """Batch number ``step``, counted from 0."""
+
+
+class Order:
+    """A fresh seeded permutation of ``count`` items for every epoch, read off by position."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self._seed = seed
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def take(self, start: int, size: int) -> Tensor:
+        """Items ``start`` to ``start + size`` of the endless sequence of permutations."""
+        parts = []
+        while size:
+            epoch, offset = divmod(start, self.count)
+            if epoch != self._epoch:
+                generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+                self._permutation = torch.randperm(self.count, generator=generator)
+                self._epoch = epoch
+            part = self._permutation[offset : offset + size]
+            parts.append(part)
+            start += len(part)
+            size -= len(part)
+        return torch.cat(parts)
+
+
+class TablePairs:
+    """The paper's pairs (section 4.1): twelve attacked copies of each image and, beyond the paper, the clean image itself.
+
+    Args:
+        split: the training images, on the device of training.
+        classifiers: the attacked classifiers by name; each adds thirteen rows an image.
+        batch_size: pairs a step.
+        seed: seeds the attacks' noise and the order.
+        images: attack the first so many images only; None for all.
+        cw_images: the same for CW, which costs the most.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        classifiers: Mapping[str, nn.Module],
+        *,
+        batch_size: int,
+        seed: int,
+        images: int | None = None,
+        cw_images: int | None = None,
+    ) -> None:
+        self._batch_size = batch_size
+        self._device = split.images.device
+        rows: list[Tensor] = []
+        index: list[Tensor] = []
+        for name, classifier in classifiers.items():
+            for attack in PAPER_TRAINING_ATTACKS:
+                count = cw_images if isinstance(attack, CarliniWagnerL2) and cw_images is not None else images
+                part = split.first(count)
+                rows.append(attack_all(attack, classifier, part, seed=seed, title=f"{type(attack).__name__} on {name}"))
+                index.append(torch.arange(len(part), device=self._device))
+            part = split.first(images)
+            rows.append(part.images)
+            index.append(torch.arange(len(part), device=self._device))
+        self._rows, self._index = torch.cat(rows), torch.cat(index)
+        self._order = Order(len(self._rows), seed)
+        self.steps_per_epoch = max(1, len(self._rows) // batch_size)
+
+    def batch(self, step: int) -> Pairs:
+        """Batch number ``step`` of a seeded shuffle of the table."""
+        chosen = self._order.take(step * self._batch_size, self._batch_size).to(self._device)
+        return Pairs(to_float(self._rows[chosen]), self._index[chosen])
+
+
+class FlyPairs:
+    """Attacks made on the fly against one classifier a step, in rotation.
+
+    Half of a batch's attacked images gets a single step, FGSM or RAND-FGSM; the other half PGD in one round of the rotation
+    and CW in the next. Epsilon is uniform in ``epsilon`` image by image, CW's learning rate uniform in the paper's 6 to 12; a
+    quarter of the attacks runs away from the classifier's own prediction, the others from the true label. CW gets four
+    iterations: at these rates the first step saturates every pixel, and the result hardly changes after the third.
+
+    Args:
+        split: the training images, on the device of training.
+        classifiers: attacked in this order.
+        attacked: attacked images a batch, at least 2.
+        clean: clean images a batch, beside them.
+        seed: seeds the order.
+        epsilon: lowest and highest epsilon.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        classifiers: Sequence[nn.Module],
+        *,
+        attacked: int,
+        clean: int,
+        seed: int,
+        epsilon: tuple[float, float] = (0.02, 0.4),
+    ) -> None:
+        self._split = split
+        self._classifiers = tuple(classifiers)
+        self._attacked, self._clean = attacked, clean
+        self._epsilon = epsilon
+        self._order = Order(len(split), seed)
+        self.steps_per_epoch = max(1, len(split) // (attacked + clean))
+
+    def batch(self, step: int) -> Pairs:
+        """Batch number ``step``: single-step attacks, iterated attacks, clean images."""
+        size = self._attacked + self._clean
+        index = self._order.take(step * size, size).to(self._split.images.device)
+        images = to_float(self._split.images[index])
+        round_, turn = divmod(step, len(self._classifiers))
+        classifier = self._classifiers[turn]
+        clean = images[: self._attacked]
+        low, high = self._epsilon
+        epsilon = low + (high - low) * torch.rand(self._attacked, device=clean.device)
+        with torch.autocast(clean.device.type, torch.bfloat16):
+            guessed = torch.rand(self._attacked, device=clean.device) < 0.25
+            labels = torch.where(guessed, predict(classifier, clean), self._split.labels[index[: self._attacked]])
+            half = self._attacked // 2
+            attacked = [_single_step(classifier, clean[:half], labels[:half], epsilon[:half])]
+            iterated: Attack
+            if round_ % 2 == 0:
+                iterated = PGD(epsilon[half:], steps=3, relative_step=0.5)
+            else:
+                rate = 6 + 6 * float(torch.rand(()))
+                iterated = CarliniWagnerL2(rate, iterations=4, abort_early=False)
+            attacked.append(iterated(classifier, clean[half:], labels[half:]))
+        return Pairs(torch.cat([to_float(to_uint8(torch.cat(attacked))), images[self._attacked :]]), index)
+
+
+def _single_step(classifier: nn.Module, images: Tensor, labels: Tensor, epsilon: Tensor, alpha: float = 0.05) -> Tensor:
+    """FGSM on every other image, RAND-FGSM with ``alpha`` beyond ``epsilon`` on the rest; one gradient for both."""
+    random = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1) % 2
+    start = (images + random * alpha * torch.randn_like(images).sign()).clamp(0, 1)
+    return FGSM(epsilon)(classifier, start, labels)
+
+
+def attack_all(
+    attack: Attack,
+    classifier: nn.Module,
+    split: Split,
+    *,
+    seed: int = 0,
+    predicted_labels: bool = False,
+    title: str | None = None,
+) -> Tensor:
+    """Attack every image of a split and round the result to 8 bits.
+
+    Args:
+        attack: the attack.
+        classifier: in eval mode, gradients of its weights off.
+        split: the images and their true labels.
+        seed: seeds the attack's noise.
+        predicted_labels: run away from the classifier's own prediction instead of the true label.
+        title: shows a progress bar of this name.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
+    generator = torch.Generator(split.images.device).manual_seed(seed)
+    results = []
+    with bar(title or "attack", len(split), quiet=title is None) as progress:
+        for images, labels in zip(split.images.split(ATTACK_BATCH), split.labels.split(ATTACK_BATCH), strict=True):
+            pixels = to_float(images)
+            away_from = predict(classifier, pixels) if predicted_labels else labels
+            results.append(to_uint8(attack(classifier, pixels, away_from, generator)))
+            progress.update(len(images), images=len(images))
+    return torch.cat(results)

@@ -1,0 +1,106 @@
+"""Training recipes: everything that decides a purifier's weights, saved in its checkpoint's header."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from training.classifiers import MODERN_CLASSIFIERS, PAPER_CLASSIFIERS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a purifier is trained.
+
+    Args:
+        name: for the header.
+        pairs: ``table`` makes the paper's twelve attacks on every image beforehand; ``fly`` attacks each batch afresh.
+        classifiers: the attacked classifiers, pooled.
+        steps: optimizer steps; 0 means ``epochs`` passes over the pairs.
+        epochs: passes over the pairs where ``steps`` is 0.
+        attacked: attacked images a batch (``table``: pairs a batch, clean ones among them).
+        clean: clean images a batch beside them (``fly`` alone).
+        images: training images that are attacked (``table`` alone); 0 means all.
+        cw_images: training images that are attacked by CW (``table`` alone); 0 means all.
+        learning_rate: Adam's.
+        warmup: steps of linear warm-up.
+        decay: share of the steps, at the end, over which the rate falls linearly to 0.
+        kl_weight: weight of the KL term of equation 4: 1 in the paper's text, 0 in its released code.
+        agreement_weight: weight of the classifiers' agreement between purified and clean images; 0 in the paper.
+        averaging: decay of the exponential average of the weights that is shipped; 0 ships the last weights.
+        latent_dim: size of the latent.
+        seed: seeds weights, order, noise.
+    """
+
+    name: str
+    pairs: Literal["table", "fly"]
+    classifiers: tuple[str, ...]
+    steps: int = 0
+    epochs: int = 0
+    attacked: int = 64
+    clean: int = 0
+    images: int = 0
+    cw_images: int = 0
+    learning_rate: float = 5e-4
+    warmup: int = 0
+    decay: float = 0.0
+    kl_weight: float = 0.0
+    agreement_weight: float = 0.0
+    averaging: float = 0.0
+    latent_dim: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pairs not in ("table", "fly"):
+            raise ValueError(f"recipe pairs: expected 'table' or 'fly', got {self.pairs!r}")
+        if not self.classifiers:
+            raise ValueError("recipe classifiers: expected at least one, got none")
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(f"recipe: expected either steps or epochs above 0, got {self.steps} and {self.epochs}")
+        lowest = {
+            "attacked": 1, "clean": 0, "images": 0, "cw_images": 0, "warmup": 0, "kl_weight": 0, "agreement_weight": 0,
+        }  # fmt: skip
+        for field, bound in lowest.items():
+            if getattr(self, field) < bound:
+                raise ValueError(f"recipe {field}: expected at least {bound}, got {getattr(self, field)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"recipe learning_rate: expected above 0, got {self.learning_rate}")
+        for field in ("decay", "averaging"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"recipe {field}: expected 0 to below 1, got {getattr(self, field)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for a header."""
+        return {**asdict(self), "classifiers": list(self.classifiers)}
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of step ``step`` (from 0) of ``steps``: warm-up, plateau, linear decay."""
+        rising = (step + 1) / self.warmup if step < self.warmup else 1.0
+        falling = (steps - step) / (self.decay * steps) if self.decay else 1.0
+        return self.learning_rate * min(rising, falling, 1.0)
+
+
+PRESETS: dict[str, Recipe] = {
+    # The paper's pairs and loss at the scale of the paper (section 4.1; batch and rate from its released code).
+    "paper": Recipe("paper", "table", ("A",), epochs=5, attacked=16),
+    # The same on a tenth of the images, with larger batches: minutes on two cores.
+    "quick": Recipe(
+        "quick", "table", ("A",), epochs=3, attacked=64, images=6000, cw_images=2000, learning_rate=1e-3, decay=0.3
+    ),
+    # The shipped recipe; beyond the paper: fresh attacks, modern classifiers in the pool, agreement, averaged weights.
+    "pooled": Recipe(
+        "pooled", "fly", (*PAPER_CLASSIFIERS, *MODERN_CLASSIFIERS), steps=20000, attacked=36, clean=12, learning_rate=1e-3,
+        warmup=200, decay=0.3, agreement_weight=30.0, averaging=0.998,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, **overrides: Any) -> Recipe:
+    """A preset with some fields replaced; None leaves a field as it is.
+
+    Raises:
+        ValueError: no such preset, or a value out of range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return replace(PRESETS[name], **{key: value for key, value in overrides.items() if value is not None})

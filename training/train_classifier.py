@@ -1,0 +1,112 @@
+"""Train the classifiers that are attacked, and store them as safetensors with a JSON header."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training import classifiers
+from training.data import Dataset, Split, to_float
+from training.progress import bar
+
+
+def fit_classifier(
+    name: str,
+    data: Dataset,
+    *,
+    epochs: int,
+    batch_size: int = 100,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Train one of :data:`training.classifiers.CLASSIFIERS` on the training split with Adam and a one-cycle schedule.
+
+    Args:
+        name: the classifier's name.
+        data: the data set.
+        epochs: passes over the training images (10 in the paper).
+        batch_size: images a step (100 in the paper).
+        learning_rate: peak of the schedule (the paper's constant rate is 1e-3).
+        seed: seeds the weights, the order and dropout.
+        device: where to train.
+
+    Returns:
+        The classifier in eval mode with its gradients switched off.
+    """
+    torch.manual_seed(seed)
+    _, channels, size, _ = data.train.images.shape
+    model = classifiers.build(name, channels, size, data.classes).to(device).to(memory_format=torch.channels_last)
+    train = data.train.to(device)
+    steps = len(train) // batch_size
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate * 2, total_steps=epochs * steps)
+    model.train()
+    with bar(f"classifier {name}", epochs * steps) as progress:
+        for _ in range(epochs):
+            order = torch.randperm(len(train), device=device)
+            for index in order[: steps * batch_size].split(batch_size):
+                with torch.autocast(torch.device(device).type, torch.bfloat16):
+                    logits = model(to_float(train.images[index]))
+                loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=0.0)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.update(1, images=batch_size, loss=loss)
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def accuracy(classifier: nn.Module, split: Split, batch_size: int = 500) -> float:
+    """Share of the split's images that the classifier gets right, in percent."""
+    correct = 0
+    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
+        correct += int((classifier(to_float(images)).argmax(1) == labels).sum())
+    return 100 * correct / len(split)
+
+
+def save_classifier(path: Path, name: str, classifier: nn.Module, header: dict[str, Any]) -> None:
+    """Write a classifier's weights as fp16 (BatchNorm statistics and biases as fp32) with a JSON header.
+
+    The file is written beside its place and renamed, so that a reader never sees half of one.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, value in classifier.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        tensors[key] = value.half() if value.is_floating_point() and value.ndim > 1 else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    save_file(tensors, temporary, {"classifier": json.dumps({"name": name, **header})})
+    os.replace(temporary, path)
+
+
+def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """Read what :func:`save_classifier` wrote: the classifier in eval mode, gradients off, and its header.
+
+    Raises:
+        ValueError: the file is not a classifier's, or its tensors do not fit the network it names.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["classifier"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: expected a classifier written by this library, got {error!r}") from error
+    model = classifiers.build(header["name"], header["channels"], header["image_size"], header["classes"])
+    try:
+        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in tensors.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{path}: tensors do not fit classifier {header['name']}: {error}") from error
+    model = model.to(device).to(memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False), header
