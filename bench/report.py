@@ -1,0 +1,136 @@
+"""The closing report: tables and JSON made of rows; nothing here measures anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.rows import Results
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write the record, replacing an earlier one only when the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def lines(results: Results, machine: dict[str, Any]) -> list[str]:
+    """The closing report, one string a line."""
+    return [
+        *_machine_lines(machine),
+        *_startup_lines(results),
+        "",
+        *_table(results),
+        "",
+        *_search_lines(results),
+        *_best_lines(results),
+    ]
+
+
+def _machine_lines(machine: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    load = machine["load"]
+    shown = [
+        f"{machine['cpu']}, {machine['cores']} cores; {machine['system']}; GPU: {'; '.join(machine['gpus']) or 'none'}",
+        f"Python {machine['python']}, {versions}; commit {machine['commit'] or 'unknown'}; {machine['date']}",
+        f"checkpoint {machine['checkpoint']}",
+    ]
+    if load["idle"] is None:
+        return [*shown, "whether the machine was idle was not measured: /proc/stat is missing here"]
+    use = (
+        f"other processes used {load['others_cores_before']:.2f} cores before the run and "
+        f"{load['others_cores_during']:.2f} during it (load average before: {load['load_average_before']:.2f})"
+    )
+    if load["idle"]:
+        return [*shown, f"the machine was idle: {use}"]
+    warning = "THE MACHINE WAS NOT IDLE, so these figures are not to be trusted"
+    return [*shown, f"{warning}: {use}; two OpenMP programs on two cores slow each other a hundredfold"]
+
+
+def _startup_lines(results: Results) -> list[str]:
+    return [f"{row.name}: {duration(row.p50)} (median of {len(row.seconds)})" for row in results.of("startup")]
+
+
+def _table(results: Results) -> list[str]:
+    header = ["per image", "batch", "p50", "p99", "images/s", "x Defense-GAN", "x released", "x cold", "share"]
+    body = []
+    for row in [*results.of("engine"), *results.of("released"), *results.of("search")]:
+        ratios = results.ratios(row)
+        times = [ratios["to_defense_gan"], ratios["to_released_warm"], ratios["to_released_cold"]]
+        share = ratios["share_of_matmul_rate"]
+        measured = [duration(row.p50), duration(row.p99), number(1 / row.p50), *map(number, times)]
+        body.append([row.name, str(row.batch), *measured, percent(share)])
+    rates = [f"{row.name}: {row.details['flop'] / row.p50 / 1e9:,.0f} GFLOP/s" for row in results.of("matmul")]
+    legend = [
+        "x Defense-GAN: times faster per image than its search at L=200, R=10; x released, x cold: than the released",
+        "eager fp32 module at the same batch, with the allocator warm and as a program normally starts; share: of the",
+        "matrix product's rate in the same precision; all on the same device; -: not measured.",
+    ]
+    return [*columns([header, *body]), *rates, *legend]
+
+
+def _search_lines(results: Results) -> list[str]:
+    shown = []
+    for device in results.search_devices():
+        line = results.search_fit(device)
+        if line is not None:
+            shown.append(
+                f"Defense-GAN's search, {device}: seconds an image = {line.intercept:.3g} + {line.slope:.3g} x L x R, "
+                f"R^2 = {line.r_squared:.4f}; as a power law (L x R)^{line.exponent:.2f}"
+            )
+    if not shown:
+        return ["Defense-GAN's search: not measured at enough points for a fit"]
+    return [*shown, "(its generator has random weights here: time does not depend on them)"]
+
+
+def _best_lines(results: Results) -> list[str]:
+    shown = []
+    for row in results.fastest():
+        ratios = results.ratios(row)
+        shown.append(
+            f"Defense-VAE, constant, batch {row.batch}: {duration(row.p50)} an image ({row.name}), "
+            f"{number(ratios['to_released_warm'])} x the released module, "
+            f"{percent(ratios['share_of_matmul_rate'])} of the matrix product's rate, "
+            f"{number(ratios['to_defense_gan'])} x Defense-GAN at L=200, R=10"
+        )
+    return shown
+
+
+def columns(table: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns: the first to the left, the others to the right; the first row is underlined."""
+    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
+    text = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+    return [text[0], "-" * len(text[0]), *text[1:]]
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds with a fitting unit and three digits; "-" for None."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size * 0.9995:
+            return f"{_three_digits(seconds / size)} {unit}"
+    return f"{_three_digits(seconds / 1e-9)} ns"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands apart, without an exponent; "-" for None."""
+    return "-" if value is None else _three_digits(value)
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage; "-" for None."""
+    return "-" if share is None else f"{share:.0%}"
+
+
+def _three_digits(value: float) -> str:
+    if value == 0:
+        return "0"
+    # Rounded first: 9.996 has one digit before the point, but is shown as 10.0.
+    decimals = max(0, 2 - math.floor(math.log10(abs(float(f"{value:.2e}")))))
+    return f"{value:,.{decimals}f}"
