@@ -61,7 +61,9 @@ FOOLBOX_CASES: list[tuple[str, Attack, Callable[[], foolbox.attacks.base.Attack]
 ]
 
 
-@pytest.mark.parametrize(("ours", "theirs", "epsilon"), [case[1:] for case in FOOLBOX_CASES], ids=[c[0] for c in FOOLBOX_CASES])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "epsilon"), [case[1:] for case in FOOLBOX_CASES], ids=[c[0] for c in FOOLBOX_CASES]
+)
 def test_success_rate_and_norm_match_foolbox(
     ours: Attack,
     theirs: Callable[[], foolbox.attacks.base.Attack],

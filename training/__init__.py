@@ -1,0 +1,1 @@
+"""Training and measuring purifiers; run from a checkout as ``python -m training``."""

@@ -20,6 +20,7 @@ from defense_vae_fast.nn.model import DefenseVAE
 from training import classifiers, recipe
 from training.attacks import Attack
 from training.data import Dataset, load_dataset
+from training.device import find_device, place
 from training.train_classifier import accuracy, fit_classifier, load_classifier, save_classifier
 
 CLASSIFIER_FOLDER = Path(__file__).parent / "weights"
@@ -48,21 +49,30 @@ device_option = click.option("--device", default="auto", help="cpu, cuda, cuda:N
 @click.argument("dataset")
 @click.option("--preset", type=click.Choice(list(recipe.PRESETS)), default="quick", help="The recipe to start from.")
 @data_option
-@click.option("--classifier", "own", metavar="MODULE:FUNCTION", help="Your own torch classifier: a function without arguments that returns it.")
-@click.option("--classifiers", "names", help="Comma-separated names of built-in classifiers to attack instead of the preset's.")
+@click.option(
+    "--classifier",
+    "own",
+    metavar="MODULE:FUNCTION",
+    help="Your own torch classifier: a function without arguments that returns it.",
+)
+@click.option(
+    "--classifiers", "names", help="Comma-separated names of built-in classifiers to attack instead of the preset's."
+)
 @click.option("--classifier-epochs", default=10, help="Epochs for built-in classifiers that have to be trained first.")
 @click.option("--steps", type=int, help="Optimizer steps instead of the preset's length.")
 @click.option("--kl-weight", type=float, help="Weight of the KL term: 1 in the paper's text, 0 in its released code.")
 @click.option("--latent-dim", type=int, help="Size of the latent.")
 @click.option("--seed", type=int, help="Seed of everything random.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run. [default: runs/DATASET-PRESET]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run. [default: runs/DATASET-PRESET]"
+)
 @click.option("--resume", is_flag=True, help="Go on from the folder's last state.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run's folder.")
 @device_option
 def fit(
     dataset: str, preset: str, data: Path | None, own: str | None, names: str | None, classifier_epochs: int,
-    steps: int | None, kl_weight: float | None, latent_dim: int | None, seed: int | None, out: Path | None, resume: bool,
-    tensorboard: bool, device: str,
+    steps: int | None, kl_weight: float | None, latent_dim: int | None, seed: int | None, out: Path | None,
+    resume: bool, tensorboard: bool, device: str,
 ) -> None:  # fmt: skip
     """Train a purifier for DATASET: fashion_mnist, mnist, or a folder of images, one sub-folder a class.
 
@@ -74,7 +84,7 @@ def fit(
     """
     from training.fit import fit as run
 
-    where = _device(device)
+    where = find_device(device)
     images = load_dataset(dataset, data)
     pool_names = tuple(names.split(",")) if names else None
     if own:
@@ -86,7 +96,9 @@ def fit(
     out = out or RUNS / f"{images.name}-{preset}"
     pool: dict[str, nn.Module] = {}
     for name in chosen.classifiers:
-        pool[name] = _own_classifier(name, images, where) if own else _built_in(name, images, out, classifier_epochs, where)
+        pool[name] = (
+            _own_classifier(name, images, where) if own else _built_in(name, images, out, classifier_epochs, where)
+        )
     result = run(images, pool, chosen, out, device=where, resume=resume, tensorboard=tensorboard)
     click.echo(f"{result.checkpoint} (step {result.step} of {result.steps})")
     if not result.finished:
@@ -98,13 +110,21 @@ def fit(
 @click.argument("dataset")
 @click.option("--checkpoint", help="Purifier to measure: a shipped name or a file. [default: DATASET]")
 @data_option
-@click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="Choose on validation, report on test.")
+@click.option(
+    "--split", type=click.Choice(["test", "validation"]), default="test", help="Choose on validation, report on test."
+)
 @click.option("--images", type=int, help="Only the first so many images.")
 @click.option("--classifiers", "names", default=",".join(classifiers.PAPER_CLASSIFIERS), help="Comma-separated names.")
-@click.option("--predicted-labels", is_flag=True, help="Attack away from the classifier's own predictions: no label leaks.")
+@click.option(
+    "--predicted-labels", is_flag=True, help="Attack away from the classifier's own predictions: no label leaks."
+)
 @click.option("--held-out", is_flag=True, help="Measure the held-out residual network too, with more attacks.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every cell here.")
-@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the checkpoint with these accuracies in its header.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the checkpoint with these accuracies in its header.",
+)
 @device_option
 def evaluate(
     dataset: str, checkpoint: str | None, data: Path | None, split: str, images: int | None, names: str,
@@ -115,13 +135,13 @@ def evaluate(
     \b
     Examples:
       python -m training evaluate fashion_mnist
-      python -m training evaluate fashion_mnist --checkpoint runs/fashion_mnist-quick/checkpoint.safetensors --split validation
+      python -m training evaluate fashion_mnist --checkpoint runs/mine/checkpoint.safetensors --split validation
     """
     from training import evaluate as measure
 
-    where = _device(device)
+    where = find_device(device)
     bundle = load_checkpoint(checkpoint or dataset)
-    model = DefenseVAE.from_checkpoint(bundle).to(where).to(memory_format=torch.channels_last)
+    model = place(DefenseVAE.from_checkpoint(bundle), where)
     loaded = load_dataset(dataset, data)
     part = (loaded.test if split == "test" else loaded.validation).first(images).to(where)
     console = Console()
@@ -129,12 +149,12 @@ def evaluate(
 
     def section(title: str, which: tuple[str, ...], attacks: Mapping[str, Attack]) -> None:
         models = {name: _shipped(name, loaded, where) for name in which}
-        cells = measure.evaluate(
-            model, models, part, attacks, dataset=loaded.name, predicted_labels=predicted_labels
-        )
+        cells = measure.evaluate(model, models, part, attacks, dataset=loaded.name, predicted_labels=predicted_labels)
         figures = measure.summary(cells)
         console.print(measure.render(cells, f"{loaded.name}, {len(part)} {split} images: {title}"))
-        console.print(f"mean under attack {figures['attacked_mean']:.2f}, clean images lose {figures['clean_loss']:.2f} points")
+        console.print(
+            f"mean under attack {figures['attacked_mean']:.2f}, clean images lose {figures['clean_loss']:.2f} points"
+        )
         sections[title] = {"cells": measure.records(cells), **figures}
 
     section("attacked classifiers", tuple(names.split(",")), measure.PAPER_TEST_ATTACKS)
@@ -150,7 +170,10 @@ def evaluate(
 def _shipped(name: str, data: Dataset, device: torch.device) -> nn.Module:
     path = CLASSIFIER_FOLDER / f"{data.name}_{name}.safetensors"
     if not path.exists():
-        raise Failure(f"classifier {name} of {data.name}: expected the file {path}; train it with 'python -m training classifier {data.name} {name}'")
+        raise Failure(
+            f"classifier {name} of {data.name}: expected the file {path}; "
+            f"train it with 'python -m training classifier {data.name} {name}'"
+        )
     return load_classifier(path, device)[0]
 
 
@@ -163,10 +186,12 @@ def _shipped(name: str, data: Dataset, device: torch.device) -> nn.Module:
 def classifier(dataset: str, name: str, data: Path | None, epochs: int, device: str) -> None:
     """Train the built-in classifier NAME on DATASET and store it beside the shipped ones."""
     loaded = load_dataset(dataset, data)
-    model = fit_classifier(name, loaded, epochs=epochs, device=_device(device))
+    model = fit_classifier(name, loaded, epochs=epochs, device=find_device(device))
     header = classifier_header(loaded, epochs, model)
     save_classifier(CLASSIFIER_FOLDER / f"{loaded.name}_{name}.safetensors", name, model, header)
-    click.echo(f"{name}: {header['validation_accuracy']:.2f} % on validation, {header['test_accuracy']:.2f} % on test images")
+    click.echo(
+        f"{name}: {header['validation_accuracy']:.2f} % on validation, {header['test_accuracy']:.2f} % on test images"
+    )
 
 
 @cli.command("demo-data")
@@ -196,10 +221,15 @@ def classifier_header(data: Dataset, epochs: int, model: nn.Module) -> dict[str,
     _, channels, size, _ = data.train.images.shape
     device = next(model.parameters()).device
     return {
-        "dataset": data.name, "channels": channels, "image_size": size, "classes": data.classes, "epochs": epochs, "seed": 0,
+        "dataset": data.name,
+        "channels": channels,
+        "image_size": size,
+        "classes": data.classes,
+        "epochs": epochs,
+        "seed": 0,
         "validation_accuracy": accuracy(model, data.validation.to(device)),
         "test_accuracy": accuracy(model, data.test.to(device)),
-    }  # fmt: skip
+    }
 
 
 def _own_classifier(spec: str, data: Dataset, device: torch.device) -> nn.Module:
@@ -216,19 +246,10 @@ def _own_classifier(spec: str, data: Dataset, device: torch.device) -> nn.Module
     made = made.to(device).eval().requires_grad_(False)
     shape = made(torch.zeros(2, *data.train.images.shape[1:], device=device)).shape
     if shape != (2, data.classes):
-        raise Failure(f"--classifier {spec}: expected logits of shape (N, {data.classes}), got {tuple(shape)} for N = 2")
+        raise Failure(
+            f"--classifier {spec}: expected logits of shape (N, {data.classes}), got {tuple(shape)} for N = 2"
+        )
     return made
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Failure(f"--device {name}: not usable here: {error}") from error
-    return device
 
 
 def main() -> None:

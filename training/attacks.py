@@ -1,10 +1,10 @@
 """Attacks on a classifier, batched in torch: FGSM, RAND-FGSM, PGD and CW-L2.
 
-Every attack is a frozen dataclass called as ``attack(classifier, images, labels)``; images are float (N, C, H, W) in [0, 1],
-the classifier returns logits, and the result has the images' shape and stays in [0, 1]. ``labels`` is what the attack runs
-away from: the true labels as in the paper, or the classifier's own predictions (:func:`predict`). A single step away from
-the *true* label carries that label in its sign pattern, and a purifier can learn to read it ("label leaking"), so results
-against both kinds are reported.
+Every attack is a frozen dataclass called as ``attack(classifier, images, labels)``; images are float (N, C, H, W) in
+[0, 1], the classifier returns logits, and the result has the images' shape and stays in [0, 1]. ``labels`` is what the
+attack runs away from: the true labels as in the paper, or the classifier's own predictions (:func:`predict`). A single
+step away from the *true* label carries that label in its sign pattern, and a purifier can learn to read it ("label
+leaking"), so results against both kinds are reported.
 
 The classifier is used as it stands: put it in eval mode first.
 """
@@ -127,8 +127,8 @@ class PGD:
 class CarliniWagnerL2:
     """Carlini and Wagner's L2 attack (2017) in tanh space, without the search over the constant.
 
-    The paper's setting is 100 iterations of Adam, one search step, constant 100 and learning rates 6 to 12. The smallest
-    successful perturbation of all iterations is kept; an image that was never fooled is returned unchanged.
+    The paper's setting is 100 iterations of Adam, one search step, constant 100 and learning rates 6 to 12. The
+    smallest successful perturbation of all iterations is kept; an image that was never fooled is returned unchanged.
 
     Args:
         learning_rate: Adam's, in tanh space.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def _features(net: nn.Module, channels: int, size: int) -> int:
     """Values a convolutional stack gives for one image."""
     with torch.no_grad():
-        return net.eval()(torch.zeros(1, channels, size, size)).numel()
+        return int(net.eval()(torch.zeros(1, channels, size, size)).numel())
 
 
 def _with_head(stack: list[nn.Module], head: Callable[[int], list[nn.Module]], channels: int, size: int) -> nn.Module:
@@ -82,8 +82,8 @@ class _Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(y)
-        y = self.conv2(torch.relu(self.norm2(self.conv1(y))))
-        return y + shortcut
+        residual: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(y))))
+        return residual + shortcut
 
 
 def residual(channels: int, size: int, classes: int) -> nn.Module:

@@ -51,6 +51,10 @@ class Split:
         """The same split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def take(self, index: Tensor) -> Split:
+        """The images at these positions."""
+        return Split(self.images[index], self.labels[index])
+
     def first(self, count: int | None) -> Split:
         """The first ``count`` images; all of them where None."""
         return Split(self.images[:count], self.labels[:count])
@@ -85,9 +89,9 @@ def to_uint8(images: Tensor) -> Tensor:
 def load_dataset(name: str, data: Path | None = None) -> Dataset:
     """Load a data set by name, or a folder of images by its path.
 
-    IDX files are looked for in ``data`` (or its sub-folder ``name``), in ``$DEFENSE_VAE_DATA`` the same way and where Debian's
-    package puts them; Fashion-MNIST is downloaded, with its checksums, when none of these has it.
-    A folder holds ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` from which a tenth becomes the test set.
+    IDX files are looked for in ``data`` (or its sub-folder ``name``), in ``$DEFENSE_VAE_DATA`` the same way and where
+    Debian's package puts them; Fashion-MNIST is downloaded and checked when none of these has it.
+    A folder holds ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` of which a tenth is the test set.
     The last 5,000 training images (a tenth of a small set) are held out for validation.
 
     Raises:
@@ -104,7 +108,7 @@ def load_dataset(name: str, data: Path | None = None) -> Dataset:
     cut = len(train) - held_out
     return Dataset(
         name=name if name in IDX_DATASETS else Path(name).resolve().name,
-        train=Split(train.images[:cut], train.labels[:cut]),
+        train=train.first(cut),
         validation=Split(train.images[cut:], train.labels[cut:]),
         test=test,
         class_names=names,
@@ -190,7 +194,9 @@ def _download_fashion_mnist(looked: str) -> Path:
 
 def _read_image_folder(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: expected one of {', '.join(IDX_DATASETS)} or a folder of images, one sub-folder a class")
+        raise FileNotFoundError(
+            f"{root}: expected one of {', '.join(IDX_DATASETS)} or a folder of images, one sub-folder a class"
+        )
     has_parts = (root / "train").is_dir() and (root / "test").is_dir()
     base = root / "train" if has_parts else root
     names = tuple(sorted(folder.name for folder in base.iterdir() if folder.is_dir()))
@@ -201,8 +207,7 @@ def _read_image_folder(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
     everything = _read_classes(base, names)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 10], order[len(order) // 10 :]
-    parts = (Split(everything.images[index], everything.labels[index]) for index in (train, test))
-    return *parts, names
+    return everything.take(train), everything.take(test), names
 
 
 def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
@@ -221,15 +226,17 @@ def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
             images.append(pixels if pixels.ndim == 3 else pixels[..., None])
             labels.append(label)
     if not images:
-        raise ValueError(f"{root}: no images found under {', '.join(names)}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(
+            f"{root}: no images found under {', '.join(names)}; expected files ending in {', '.join(IMAGE_SUFFIXES)}"
+        )
     shapes = {image.shape for image in images}
     height, width, _ = next(iter(shapes))
     if len(shapes) != 1 or height != width or height not in supported_image_sizes():
         sizes = ", ".join(map(str, supported_image_sizes()))
         raise ValueError(
-            f"{root}: expected square images of one side ({sizes}) and one number of channels, got {sorted(shapes)[:4]}; "
-            "resize or crop them first"
+            f"{root}: expected square images of one side ({sizes}) and one number of channels, "
+            f"got {sorted(shapes)[:4]}; resize or crop them first"
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(stacked[order], torch.tensor(labels)[order])
+    return Split(stacked, torch.tensor(labels)).take(order)

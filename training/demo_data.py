@@ -53,7 +53,11 @@ def classifier_graph(model: nn.Module, channels: int, size: int) -> onnx.ModelPr
         output = f"x{index}"
         if isinstance(layer, nn.Conv2d):
             node = helper.make_node(
-                "Conv", inputs, [output], strides=list(layer.stride), pads=[int(p) for p in (*layer.padding, *layer.padding)]
+                "Conv",
+                inputs,
+                [output],
+                strides=list(layer.stride),
+                pads=[int(p) for p in (*layer.padding, *layer.padding)],
             )
         elif isinstance(layer, nn.Linear):
             node = helper.make_node("Gemm", inputs, [output], transB=1)
@@ -62,7 +66,9 @@ def classifier_graph(model: nn.Module, channels: int, size: int) -> onnx.ModelPr
         elif isinstance(layer, nn.Flatten):
             node = helper.make_node("Flatten", inputs, [output])
         else:
-            raise ValueError(f"classifier layer: expected Conv2d, ReLU, Dropout, Flatten or Linear, got {type(layer).__name__}")
+            raise ValueError(
+                f"classifier layer: expected Conv2d, ReLU, Dropout, Flatten or Linear, got {type(layer).__name__}"
+            )
         nodes.append(node)
         current = output
     nodes.append(helper.make_node("Identity", [current], ["logits"]))
@@ -94,7 +100,9 @@ def write_demo_data(data: Dataset, classifier: nn.Module, folder: Path) -> None:
     for name, attack in PAPER_TEST_ATTACKS.items():
         arrays[name] = attack_all(attack, classifier, part, title=name).numpy()
     arrays = {
-        name: np.ascontiguousarray(array.transpose(0, 2, 3, 1).squeeze(-1) if channels == 1 else array.transpose(0, 2, 3, 1))
+        name: np.ascontiguousarray(
+            array.transpose(0, 2, 3, 1).squeeze(-1) if channels == 1 else array.transpose(0, 2, 3, 1)
+        )
         if array.ndim == 4
         else array
         for name, array in arrays.items()

@@ -83,7 +83,12 @@ def evaluate(
         made = {"clean": split.images}
         for attack_name, attack in attacks.items():
             made[attack_name] = attack_all(
-                attack, classifier, split, seed=seed, predicted_labels=predicted_labels, title=f"{attack_name} on {name}"
+                attack,
+                classifier,
+                split,
+                seed=seed,
+                predicted_labels=predicted_labels,
+                title=f"{attack_name} on {name}",
             )
         for attack_name, images in made.items():
             labels = "predicted" if predicted_labels and attack_name != "clean" else "true"
@@ -101,12 +106,12 @@ def evaluate(
 @torch.no_grad()
 def purify_all(model: DefenseVAE, images: Tensor) -> Tensor:
     """uint8 (N, C, H, W) -> purified uint8 (N, C, H, W)."""
-    return torch.cat([to_uint8(model.purify(to_float(part))) for part in images.split(250)])
+    return torch.cat([to_uint8(model.purify(to_float(part))) for part in torch.split(images, 250)])
 
 
 def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     correct = 0
-    for part, wanted in zip(images.split(250), labels.split(250), strict=True):
+    for part, wanted in zip(torch.split(images, 250), torch.split(labels, 250), strict=True):
         correct += int((predict(classifier, to_float(part)) == wanted).sum())
     return round(100 * correct / len(images), 2)
 
@@ -129,7 +134,9 @@ def render(cells: list[Cell], title: str) -> Table:
     for cell in cells:
         paper = "" if cell.paper is None else f"{cell.paper:.2f}"
         difference = "" if cell.paper is None else f"{cell.purified - cell.paper:+.2f}"
-        table.add_row(cell.classifier, cell.attack, cell.labels, f"{cell.bare:.2f}", f"{cell.purified:.2f}", paper, difference)
+        table.add_row(
+            cell.classifier, cell.attack, cell.labels, f"{cell.bare:.2f}", f"{cell.purified:.2f}", paper, difference
+        )
     return table
 
 

@@ -25,6 +25,7 @@ from defense_vae_fast.nn.losses import agreement_loss, defense_vae_loss
 from defense_vae_fast.nn.model import DefenseVAE
 from training.attacks import FGSM, predict
 from training.data import Dataset, Split, to_float
+from training.device import place
 from training.pairs import FlyPairs, PairSource, TablePairs, attack_all
 from training.progress import bar
 from training.recipe import Recipe
@@ -63,8 +64,8 @@ def fit(
 ) -> FitResult:
     """Train, writing the state, the purifier and a log into ``out`` at the end of every epoch and every two minutes.
 
-    Ctrl-C or SIGTERM stops after the current step and leaves a usable checkpoint; ``resume`` goes on from there, on the same
-    device with the same bits as an uninterrupted run.
+    Ctrl-C or SIGTERM stops after the current step and leaves a usable checkpoint; ``resume`` goes on from there, on the
+    same device with the same bits as an uninterrupted run.
 
     Args:
         data: the data set; training uses its training split, the log its validation split, nothing its test split.
@@ -85,15 +86,16 @@ def fit(
         raise FileExistsError(f"{out}: holds a run already; go on with --resume, or choose another --out")
     torch.manual_seed(recipe.seed)
     _, channels, size, _ = data.train.images.shape
-    model = DefenseVAE(VAEConfig(size, channels, recipe.latent_dim)).to(device).to(memory_format=torch.channels_last)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
+    model = place(DefenseVAE(VAEConfig(size, channels, recipe.latent_dim)), device)
+    average = get_ema_multi_avg_fn(recipe.averaging)  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, fused=True)
     train = data.train.to(device)
     source = _pair_source(train, classifiers, recipe)
     steps = recipe.steps or recipe.epochs * source.steps_per_epoch
     run = _Run(model, averaged, optimizer, train, source, classifiers, recipe, steps)
     monitor = Monitor(data, classifiers, device, out, tensorboard)
-    shipped = averaged.module if recipe.averaging else model
+    shipped: DefenseVAE = averaged.module if recipe.averaging else model  # type: ignore[assignment]
     step = 0
     # The last use of randomness before the first step, so that nothing above shifts the stream.
     torch.manual_seed(recipe.seed)
@@ -144,7 +146,7 @@ class _Run:
     def step(self, step: int) -> Tensor:
         """One optimizer step; returns the loss without waiting for it."""
         pairs = self.source.batch(step)
-        clean = to_float(self.train.images[pairs.index])
+        clean = to_float(self.train.images[pairs.clean_index])
         with torch.autocast(clean.device.type, torch.bfloat16):
             output = self.model(pairs.inputs)
         loss = defense_vae_loss(output, clean, self.recipe.kl_weight)
@@ -154,11 +156,13 @@ class _Run:
             judge = (step + count // 2 + step // count) % count
             with torch.autocast(clean.device.type, torch.bfloat16):
                 logits = self.pool[judge](torch.sigmoid(output.logits.float()))
-            loss = loss + self.recipe.agreement_weight * agreement_loss(logits, self.clean_logits[judge][pairs.index])
+            loss = loss + self.recipe.agreement_weight * agreement_loss(
+                logits, self.clean_logits[judge][pairs.clean_index]
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(step, self.steps)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.averaged.update_parameters(self.model)
         return loss.detach()
@@ -181,7 +185,7 @@ class Monitor:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(out / "tensorboard")  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(out / "tensorboard")
         self.latest: dict[str, float] = {}
 
     @torch.no_grad()
@@ -206,12 +210,12 @@ class Monitor:
         if self._writer is not None:
             for key, value in line.items():
                 if key != "step":
-                    self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
-            self._writer.flush()  # type: ignore[no-untyped-call]
+                    self._writer.add_scalar(key, value, step)
+            self._writer.flush()
 
 
 def _purify(model: DefenseVAE, images: Tensor) -> Tensor:
-    return torch.cat([model.purify(to_float(part)) for part in images.split(250)])
+    return torch.cat([model.purify(to_float(part)) for part in torch.split(images, 250)])
 
 
 def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -231,13 +235,12 @@ def _pair_source(train: Split, classifiers: Mapping[str, nn.Module], recipe: Rec
 
 @torch.no_grad()
 def _logits(classifier: nn.Module, split: Split) -> Tensor:
-    return torch.cat([classifier(to_float(images)).float() for images in split.images.split(100)])
+    return torch.cat([classifier(to_float(images)).float() for images in torch.split(split.images, 100)])
 
 
 def _bundle(
-    model: nn.Module, data: Dataset, recipe: Recipe, step: int, steps: int, accuracies: dict[str, Any]
+    model: DefenseVAE, data: Dataset, recipe: Recipe, step: int, steps: int, accuracies: dict[str, Any]
 ) -> Checkpoint:
-    assert isinstance(model, DefenseVAE)
     return Checkpoint(
         config=model.config,
         tensors=model.checkpoint_tensors(),
@@ -254,7 +257,7 @@ def _bundle(
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts as usual. Outside the main thread nothing is caught."""
+    """An event that Ctrl-C or SIGTERM sets; the second interrupts as usual. Only the main thread can catch them."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -264,7 +267,7 @@ def _stop_signal() -> Iterator[threading.Event]:
         event.set()
         signal.signal(number, previous[number])
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:

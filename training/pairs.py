@@ -24,12 +24,12 @@ class Pairs(NamedTuple):
 
     inputs: Tensor
     """(N, C, H, W) float images in [0, 1], attacked or clean, rounded to 8 bits."""
-    index: Tensor
+    clean_index: Tensor
     """(N,) int64 position of the clean image behind each in the training split."""
 
 
 class PairSource(Protocol):
-    """Gives the batch of a training step; a function of the step and torch's random state alone, so that training resumes exactly."""
+    """Gives a step's batch: a function of the step and torch's random state alone, so that training resumes exactly."""
 
     steps_per_epoch: int
 
@@ -63,7 +63,7 @@ class Order:
 
 
 class TablePairs:
-    """The paper's pairs (section 4.1): twelve attacked copies of each image and, beyond the paper, the clean image itself.
+    """The paper's pairs (section 4.1): twelve attacked copies of each image and, beyond it, the clean image itself.
 
     Args:
         split: the training images, on the device of training.
@@ -110,10 +110,11 @@ class TablePairs:
 class FlyPairs:
     """Attacks made on the fly against one classifier a step, in rotation.
 
-    Half of a batch's attacked images gets a single step, FGSM or RAND-FGSM; the other half PGD in one round of the rotation
-    and CW in the next. Epsilon is uniform in ``epsilon`` image by image, CW's learning rate uniform in the paper's 6 to 12; a
-    quarter of the attacks runs away from the classifier's own prediction, the others from the true label. CW gets four
-    iterations: at these rates the first step saturates every pixel, and the result hardly changes after the third.
+    Half of a batch's attacked images gets a single step, FGSM or RAND-FGSM; the other half PGD in one round of the
+    rotation and CW in the next. Epsilon is uniform in ``epsilon`` image by image, CW's learning rate uniform in the
+    paper's 6 to 12; a quarter of the attacks runs away from the classifier's own prediction, the others from the true
+    label. CW gets four iterations: at these rates the first step saturates every pixel, and the result hardly changes
+    after the third.
 
     Args:
         split: the training images, on the device of training.
@@ -198,7 +199,9 @@ def attack_all(
     generator = torch.Generator(split.images.device).manual_seed(seed)
     results = []
     with bar(title or "attack", len(split), quiet=title is None) as progress:
-        for images, labels in zip(split.images.split(ATTACK_BATCH), split.labels.split(ATTACK_BATCH), strict=True):
+        for images, labels in zip(
+            torch.split(split.images, ATTACK_BATCH), torch.split(split.labels, ATTACK_BATCH), strict=True
+        ):
             pixels = to_float(images)
             away_from = predict(classifier, pixels) if predicted_labels else labels
             results.append(to_uint8(attack(classifier, pixels, away_from, generator)))

@@ -14,8 +14,8 @@ class Bar:
 
     def __init__(self, title: str, total: int, done: int = 0, quiet: bool = False) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), refresh_per_second=4, disable=quiet,
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("eta"),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), refresh_per_second=4, disable=quiet,
         )  # fmt: skip
         self._task = self._progress.add_task(title, total=total, completed=done, note="")
         self._images = 0

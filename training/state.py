@@ -15,9 +15,15 @@ from torch import Tensor, nn
 
 
 def save_state(
-    path: Path, *, step: int, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, recipe: dict[str, Any]
+    path: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    averaged: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: dict[str, Any],
 ) -> None:
-    """Write model, averaged model, optimizer moments, random states and the step; beside its place first, then renamed."""
+    """Write models, optimizer moments, random states and the step, to a temporary file that is then renamed."""
     tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -48,7 +54,9 @@ def load_state(
             run = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: expected the state of a training run, got {error!r}; delete it to start anew") from error
+        raise ValueError(
+            f"{path}: expected the state of a training run, got {error!r}; delete it to start anew"
+        ) from error
     differing = [key for key in recipe if key != "steps" and run["recipe"].get(key) != recipe[key]]
     if differing:
         raise ValueError(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from training import classifiers
 from training.data import Dataset, Split, to_float
+from training.device import place
 from training.progress import bar
 
 
@@ -45,7 +46,7 @@ def fit_classifier(
     """
     torch.manual_seed(seed)
     _, channels, size, _ = data.train.images.shape
-    model = classifiers.build(name, channels, size, data.classes).to(device).to(memory_format=torch.channels_last)
+    model = place(classifiers.build(name, channels, size, data.classes), device)
     train = data.train.to(device)
     steps = len(train) // batch_size
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
@@ -54,12 +55,12 @@ def fit_classifier(
     with bar(f"classifier {name}", epochs * steps) as progress:
         for _ in range(epochs):
             order = torch.randperm(len(train), device=device)
-            for index in order[: steps * batch_size].split(batch_size):
+            for index in torch.split(order[: steps * batch_size], batch_size):
                 with torch.autocast(torch.device(device).type, torch.bfloat16):
                     logits = model(to_float(train.images[index]))
-                loss = F.cross_entropy(logits.float(), train.labels[index], label_smoothing=0.0)
+                loss = F.cross_entropy(logits.float(), train.labels[index])
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 progress.update(1, images=batch_size, loss=loss)
@@ -70,7 +71,9 @@ def fit_classifier(
 def accuracy(classifier: nn.Module, split: Split, batch_size: int = 500) -> float:
     """Share of the split's images that the classifier gets right, in percent."""
     correct = 0
-    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
+    for images, labels in zip(
+        torch.split(split.images, batch_size), torch.split(split.labels, batch_size), strict=True
+    ):
         correct += int((classifier(to_float(images)).argmax(1) == labels).sum())
     return 100 * correct / len(split)
 
@@ -105,8 +108,9 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
         raise ValueError(f"{path}: expected a classifier written by this library, got {error!r}") from error
     model = classifiers.build(header["name"], header["channels"], header["image_size"], header["classes"])
     try:
-        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in tensors.items()})
+        model.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+        )
     except RuntimeError as error:
         raise ValueError(f"{path}: tensors do not fit classifier {header['name']}: {error}") from error
-    model = model.to(device).to(memory_format=torch.channels_last)
-    return model.eval().requires_grad_(False), header
+    return place(model, device).eval().requires_grad_(False), header

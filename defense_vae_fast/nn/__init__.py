@@ -1,0 +1,1 @@
+"""Everything that needs torch: the module, its losses, and the classifier behind it."""

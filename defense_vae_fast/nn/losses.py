@@ -44,7 +44,12 @@ def defense_vae_loss(output: VAEOutput, clean: Tensor, kl_weight: float = 1.0) -
 
 
 def end_to_end_loss(
-    output: VAEOutput, clean: Tensor, class_logits: Tensor, labels: Tensor, classifier_weight: float, kl_weight: float = 1.0
+    output: VAEOutput,
+    clean: Tensor,
+    class_logits: Tensor,
+    labels: Tensor,
+    classifier_weight: float,
+    kl_weight: float = 1.0,
 ) -> Tensor:
     """Equation 5: equation 4 plus ``classifier_weight`` (lambda) times the classifier's cross-entropy.
 

@@ -93,7 +93,8 @@ class DefenseVAE(nn.Module):
         model = cls(checkpoint.config)
         state = {name: torch.from_numpy(tensor.astype(np.float32)) for name, tensor in checkpoint.tensors.items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
-        assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
+        assert not unexpected
+        assert all(name.endswith("num_batches_tracked") for name in missing)
         return model.eval()
 
     def checkpoint_tensors(self, dtype: torch.dtype = torch.float16) -> dict[str, npt.NDArray[Any]]:
@@ -120,7 +121,7 @@ class DefenseVAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """(N, latent_dim) -> (N, C, H, W) pixel logits: p(x | z) of equation 3."""
         first, *rest = self.config.decoder
-        x = self.get_submodule(first.name)(z).unflatten(1, self._bottom)
+        x: Tensor = self.get_submodule(first.name)(z).unflatten(1, self._bottom)
         for layer in rest:
             x = self.get_submodule(layer.name)(x)
         return x

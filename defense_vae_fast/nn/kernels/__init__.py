@@ -1,0 +1,1 @@
+"""Operations of the network that are worth a kernel of their own."""
