@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.rows import Results
+from defense_vae_fast.atomic import replacing
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write the record, replacing an earlier one only when the new one is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write(json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def lines(results: Results, machine: dict[str, Any]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.numpy import load as _parse
 from safetensors.numpy import save as _serialize
 
 from defense_vae_fast.architecture import VAEConfig
+from defense_vae_fast.atomic import replacing
 
 Array = npt.NDArray[Any]
 
@@ -68,9 +68,7 @@ class Checkpoint:
 
 def list_pretrained() -> tuple[str, ...]:
     """Names of the checkpoints that come with the library, for ``Purifier.from_pretrained``."""
-    return tuple(
-        sorted(path.stem for path in WEIGHTS_FOLDER.glob("*.safetensors") if not path.stem.endswith("_classifier"))
-    )
+    return tuple(sorted(path.stem for path in WEIGHTS_FOLDER.glob("*.safetensors")))
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
@@ -158,18 +156,8 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> str
     header["digest"] = _digest(header, tensors)
     raw = _serialize(tensors, {METADATA_KEY: _canonical(header)})
     _read_header(raw)  # what could not be read again is not written
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        # "x" gives the file the user's usual permissions, where tempfile would make it private.
-        with temporary.open("xb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(raw)
     return str(header["digest"])
 
 

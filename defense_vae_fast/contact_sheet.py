@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from defense_vae_fast.files import IMAGE_FORMATS, replacing
+from defense_vae_fast.atomic import replacing
+from defense_vae_fast.files import IMAGE_FORMATS
 
 ROWS = ("original", "attacked", "purified")
 

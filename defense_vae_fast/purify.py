@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from defense_vae_fast import files
+from defense_vae_fast.atomic import replacing
 from defense_vae_fast.files import Job
 
 if TYPE_CHECKING:
@@ -149,5 +150,5 @@ def write_scores(path: Path, scores: Sequence[tuple[str, float]]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", "score"])
     writer.writerows((name, f"{score:.6f}") for name, score in scores)
-    with files.replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import struct
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,39 @@ from PIL import Image
 
 from training import data
 from training.data import load_dataset, read_idx, to_float, to_uint8
+
+
+@pytest.mark.parametrize("intact", [True, False], ids=["intact", "other-contents"])
+def test_a_download_is_checked_before_it_is_kept(
+    intact: bool, idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a server on this machine that has the files under the publisher's names."""
+    served = tmp_path / "served"
+    served.mkdir()
+    digests = {}
+    for stem in data._FASHION_MNIST_SHA256:
+        raw = read_idx(data._idx_path(idx_folder, stem))
+        write_idx(served / f"{stem}.gz", raw, compress=True)
+        digests[stem] = hashlib.sha256(gzip.decompress((served / f"{stem}.gz").read_bytes())).hexdigest()
+    if not intact:
+        digests["t10k-labels-idx1-ubyte"] = "0" * 64
+    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
+    monkeypatch.setattr(data, "_FASHION_MNIST_SHA256", digests)
+    monkeypatch.setattr(data, "_DEBIAN_FOLDERS", {})
+    monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / "cache" / name)
+    monkeypatch.delenv("DEFENSE_VAE_DATA", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(data, "_FASHION_MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
+        try:
+            if intact:
+                assert len(load_dataset("fashion_mnist").test) == 20
+            else:
+                with pytest.raises(FileNotFoundError, match=r"other contents.*--data DIR"):
+                    load_dataset("fashion_mnist")
+        finally:
+            server.shutdown()
+    assert intact == (tmp_path / "cache" / "defense-vae-fast" / "fashion_mnist" / "t10k-labels-idx1-ubyte").exists()
 
 
 def write_idx(path: Path, array: np.ndarray, compress: bool) -> None:

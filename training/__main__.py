@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from defense_vae_fast.atomic import replacing
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, load_checkpoint, save_checkpoint
 from defense_vae_fast.nn.model import DefenseVAE
 from training import classifiers, recipe
-from training.attacks import Attack
+from training.attacks import PAPER_TEST_ATTACKS, Attack
 from training.data import Dataset, load_dataset
 from training.device import find_device, place
 from training.train_classifier import accuracy, fit_classifier, load_classifier, save_classifier
@@ -145,7 +146,8 @@ def evaluate(
     loaded = load_dataset(dataset, data)
     part = (loaded.test if split == "test" else loaded.validation).first(images).to(where)
     console = Console()
-    sections: dict[str, Any] = {"split": split, "images": len(part)}
+    record: dict[str, Any] = {"checkpoint": bundle.digest, "split": split, "images": len(part), "sections": {}}
+    kept: dict[str, Any] = {"images": len(part), "columns": ["bare", "purified"]}
 
     def section(title: str, which: tuple[str, ...], attacks: Mapping[str, Attack]) -> None:
         models = {name: _shipped(name, loaded, where) for name in which}
@@ -155,16 +157,18 @@ def evaluate(
         console.print(
             f"mean under attack {figures['attacked_mean']:.2f}, clean images lose {figures['clean_loss']:.2f} points"
         )
-        sections[title] = {"cells": measure.records(cells), **figures}
+        record["sections"][title] = {"cells": measure.records(cells), **figures}
+        kept[title] = {**measure.for_header(cells), **figures}
 
-    section("attacked classifiers", tuple(names.split(",")), measure.PAPER_TEST_ATTACKS)
+    section("attacked classifiers", tuple(names.split(",")), PAPER_TEST_ATTACKS)
     if held_out:
         section("held-out classifier", (classifiers.HELD_OUT,), measure.TRANSFER_ATTACKS)
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps({"checkpoint": bundle.digest, **sections}, indent=1) + "\n")
+        with replacing(json_path) as file:
+            file.write(json.dumps(record, indent=1).encode() + b"\n")
     if save:
-        save_checkpoint(save, replace(bundle, accuracies={**bundle.accuracies, split: sections}))
+        key = f"{split} images, attacks away from {'predicted' if predicted_labels else 'true'} labels"
+        save_checkpoint(save, replace(bundle, accuracies={**bundle.accuracies, key: kept}))
 
 
 def _shipped(name: str, data: Dataset, device: torch.device) -> nn.Module:

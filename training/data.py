@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import struct
 from dataclasses import dataclass
@@ -14,23 +15,24 @@ import torch
 from torch import Tensor
 
 from defense_vae_fast.architecture import supported_image_sizes
+from defense_vae_fast.atomic import replacing
+from defense_vae_fast.files import IMAGE_FORMATS
 
 VALIDATION_IMAGES = 5000
 IDX_DATASETS = ("fashion_mnist", "mnist")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff")
 
 _IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _DEBIAN_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
-# The publisher's own copy, by file: address and SHA-256.
+# The publisher's own copy; SHA-256 of what is inside the .gz, since the same data go round in several compressions.
 _FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 _FASHION_MNIST_SHA256 = {
-    "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-    "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-    "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-    "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 
 
@@ -180,11 +182,18 @@ def _download_fashion_mnist(looked: str) -> Path:
     import pooch
 
     folder = Path(pooch.os_cache("defense-vae-fast")) / "fashion_mnist"
-    fetcher = pooch.create(folder, base_url=_FASHION_MNIST_URL, registry=_FASHION_MNIST_SHA256)
     try:
-        for file in _FASHION_MNIST_SHA256:
-            fetcher.fetch(file, progressbar=False)
-    except (OSError, ValueError) as error:
+        for stem, digest in _FASHION_MNIST_SHA256.items():
+            target = folder / stem
+            if not target.exists():
+                packed = pooch.retrieve(f"{_FASHION_MNIST_URL}{stem}.gz", None, f"{stem}.gz", folder, progressbar=False)
+                raw = gzip.decompress(Path(packed).read_bytes())
+                if hashlib.sha256(raw).hexdigest() != digest:
+                    Path(packed).unlink()
+                    raise ValueError(f"{stem}.gz came with other contents than published")
+                with replacing(target) as file:
+                    file.write(raw)
+    except (OSError, EOFError, ValueError) as error:
         raise FileNotFoundError(
             f"fashion_mnist: not in {looked}, and the download failed ({error}); "
             "name a folder that holds the four IDX files with --data DIR or $DEFENSE_VAE_DATA"
@@ -216,7 +225,7 @@ def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
     images, labels = [], []
     for label, name in enumerate(names):
         for path in sorted((root / name).rglob("*")):
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
+            if path.suffix.lower() not in IMAGE_FORMATS:
                 continue
             try:
                 with Image.open(path) as image:
@@ -227,7 +236,7 @@ def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
             labels.append(label)
     if not images:
         raise ValueError(
-            f"{root}: no images found under {', '.join(names)}; expected files ending in {', '.join(IMAGE_SUFFIXES)}"
+            f"{root}: no images found under {', '.join(names)}; expected files ending in {', '.join(IMAGE_FORMATS)}"
         )
     shapes = {image.shape for image in images}
     height, width, _ = next(iter(shapes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from defense_vae_fast.atomic import replacing
 from training.attacks import PAPER_TEST_ATTACKS
 from training.data import Dataset
 from training.pairs import attack_all
@@ -88,7 +88,7 @@ def write_demo_data(data: Dataset, classifier: nn.Module, folder: Path) -> None:
     """Write ``DATASET_classifier.onnx`` and ``DATASET_demo.npz`` for ``defense-vae-fast demo``.
 
     The images are the first 500 of the test set, attacked on the bare classifier with the paper's three attacks and
-    rounded to 8 bits. Each file is written beside its place and renamed.
+    rounded to 8 bits.
     """
     part = data.test.first(DEMO_IMAGES)
     _, channels, size, _ = part.images.shape
@@ -109,9 +109,7 @@ def write_demo_data(data: Dataset, classifier: nn.Module, folder: Path) -> None:
     }
     with torch.no_grad():
         proto = classifier_graph(classifier, channels, size)
-    temporary = folder / "demo.tmp.npz"
-    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, folder / f"{data.name}_demo.npz")
-    temporary = folder / "classifier.tmp"
-    temporary.write_bytes(proto.SerializeToString())
-    os.replace(temporary, folder / f"{data.name}_classifier.onnx")
+    with replacing(folder / f"{data.name}_demo.npz") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    with replacing(folder / f"{data.name}_classifier.onnx") as file:
+        file.write(proto.SerializeToString())

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from defense_vae_fast.nn.model import DefenseVAE
-from training.attacks import FGSM, PAPER_TEST_ATTACKS, PGD, Attack, CarliniWagnerL2, predict
+from training.attacks import FGSM, PGD, Attack, CarliniWagnerL2, predict
 from training.data import Split, to_float, to_uint8
 from training.pairs import attack_all
 
@@ -145,14 +145,9 @@ def records(cells: list[Cell]) -> list[dict[str, object]]:
     return [asdict(cell) for cell in cells]
 
 
-__all__ = [
-    "PAPER_TEST_ATTACKS",
-    "TRANSFER_ATTACKS",
-    "Cell",
-    "evaluate",
-    "paper_accuracy",
-    "purify_all",
-    "records",
-    "render",
-    "summary",
-]
+def for_header(cells: list[Cell]) -> dict[str, dict[str, list[float]]]:
+    """What a checkpoint's header keeps: classifier -> attack -> [bare, purified]."""
+    kept: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        kept.setdefault(cell.classifier, {})[cell.attack] = [cell.bare, cell.purified]
+    return kept

@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from defense_vae_fast import __version__
 from defense_vae_fast.architecture import VAEConfig
@@ -87,8 +87,7 @@ def fit(
     torch.manual_seed(recipe.seed)
     _, channels, size, _ = data.train.images.shape
     model = place(DefenseVAE(VAEConfig(size, channels, recipe.latent_dim)), device)
-    average = get_ema_multi_avg_fn(recipe.averaging)  # type: ignore[no-untyped-call]
-    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged = AveragedModel(model, multi_avg_fn=_average(recipe.averaging), use_buffers=True)
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, fused=True)
     train = data.train.to(device)
     source = _pair_source(train, classifiers, recipe)
@@ -231,6 +230,26 @@ def _pair_source(train: Split, classifiers: Mapping[str, nn.Module], recipe: Rec
         train, classifiers, batch_size=recipe.attacked, seed=recipe.seed, images=recipe.images or None,
         cw_images=recipe.cw_images or None,
     )  # fmt: skip
+
+
+def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """Exponential average of all weights and statistics.
+
+    It forgets fast at first: BatchNorm statistics start far from what they become, by a factor of hundreds for the
+    first layer's variance, and would spoil the average for thousands of steps.
+    """
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
+        made = int(count)
+        share = 1 - min(decay, (1 + made) / (10 + made))
+        for average, current in zip(averages, currents, strict=True):
+            if average.is_floating_point():
+                average.lerp_(current, share)
+            else:
+                average.copy_(current)
+
+    return update
 
 
 @torch.no_grad()

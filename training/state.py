@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from defense_vae_fast.atomic import replacing
 
 
 def save_state(
@@ -33,11 +33,8 @@ def save_state(
     for index, values in state.items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    save_file(tensors, temporary, {"run": json.dumps({"step": step, "recipe": recipe})})
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(save(tensors, {"run": json.dumps({"step": step, "recipe": recipe})}))
 
 
 def load_state(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from defense_vae_fast.atomic import replacing
 from training import classifiers
 from training.data import Dataset, Split, to_float
 from training.device import place
@@ -79,19 +78,13 @@ def accuracy(classifier: nn.Module, split: Split, batch_size: int = 500) -> floa
 
 
 def save_classifier(path: Path, name: str, classifier: nn.Module, header: dict[str, Any]) -> None:
-    """Write a classifier's weights as fp16 (BatchNorm statistics and biases as fp32) with a JSON header.
-
-    The file is written beside its place and renamed, so that a reader never sees half of one.
-    """
+    """Write a classifier's weights as fp16 (BatchNorm statistics and biases as fp32) with a JSON header."""
     tensors: dict[str, Tensor] = {}
     for key, value in classifier.state_dict().items():
         value = value.detach().cpu().contiguous()
         tensors[key] = value.half() if value.is_floating_point() and value.ndim > 1 else value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    save_file(tensors, temporary, {"classifier": json.dumps({"name": name, **header})})
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(save(tensors, {"classifier": json.dumps({"name": name, **header})}))
 
 
 def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
