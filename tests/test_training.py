@@ -357,7 +357,7 @@ def test_fit_on_own_images_and_classifier(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["fit", "no/such/folder"], "expected one of fashion_mnist, mnist or a folder"),
         (["evaluate", "fashion_mnist", "--checkpoint", "nothing"], "no such file"),
-        (["fit", "fashion_mnist", "--device", "cuda:99"], "device: expected .auto. or a device usable here"),
+        (["fit", "fashion_mnist", "--device", "cuda:99"], "device: expected 'auto' or a device usable here"),
     ],
     ids=["data", "checkpoint", "device"],
 )

@@ -35,8 +35,8 @@ class Failure(click.ClickException):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def cli() -> None:
     """Train a Defense-VAE purifier, and measure what it is worth."""
 
 
@@ -260,7 +260,7 @@ def main() -> None:
     """Entry point: errors in one line and exit code 2, a traceback with ``--debug``."""
     debug = "--debug" in sys.argv
     try:
-        cli(prog_name="python -m training", standalone_mode=True)
+        cli(prog_name="python -m training")
     except (ValueError, OSError) as error:
         if debug:
             raise

@@ -89,7 +89,7 @@ PRESETS: dict[str, Recipe] = {
     ),
     # The shipped recipe; beyond the paper: fresh attacks, modern classifiers in the pool, agreement, averaged weights.
     "pooled": Recipe(
-        "pooled", "fly", (*PAPER_CLASSIFIERS, *MODERN_CLASSIFIERS), steps=20000, attacked=36, clean=12,
+        "pooled", "fly", (*PAPER_CLASSIFIERS, *MODERN_CLASSIFIERS), steps=15000, attacked=36, clean=12,
         learning_rate=1e-3, warmup=200, decay=0.3, agreement_weight=30.0, averaging=0.998,
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ def load_state(
         with safe_open(path, "pt") as file:
             run = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(
             f"{path}: expected the state of a training run, got {error!r}; delete it to start anew"
         ) from error
@@ -62,10 +62,15 @@ def load_state(
         )
     for prefix, module in (("model", model), ("averaged", averaged)):
         module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:
+                # The fused optimizer pairs values by their place in memory, so moments need their weight's strides.
+                value = torch.empty_like(parameter).copy_(value)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     torch.set_rng_state(tensors["random.cpu"])

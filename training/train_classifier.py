@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,7 +97,7 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
         with safe_open(path, "pt") as file:
             header = json.loads(file.metadata()["classifier"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: expected a classifier written by this library, got {error!r}") from error
     model = classifiers.build(header["name"], header["channels"], header["image_size"], header["classes"])
     try:
