@@ -222,6 +222,15 @@ def test_fly_pairs_attack_most_of_a_batch_and_repeat_with_the_seed(dataset: Data
         assert torch.equal(batch(step)[0], inputs)
 
 
+def test_the_late_share_of_clean_images(dataset: Dataset, classifier_d: nn.Module) -> None:
+    source = FlyPairs(dataset.train, [classifier_d], attacked=12, clean=4, seed=0, clean_late=6, late=5)
+    for step, attacked in ((4, 12), (5, 6)):
+        inputs, index = source.batch(step)
+        untouched = (inputs == to_float(dataset.train.images[index])).flatten(1).all(1)
+        assert bool(untouched[attacked:].all())
+        assert not bool(untouched[: attacked // 2].any())
+
+
 def test_predicted_labels_change_the_attack_where_the_classifier_errs(
     dataset: Dataset, classifier_d: nn.Module
 ) -> None:
@@ -319,7 +328,7 @@ def test_learning_rate_stays_within_its_peak(name: str) -> None:
     "change",
     [
         {"pairs": "both"}, {"classifiers": ()}, {"steps": 0}, {"epochs": 3}, {"attacked": 0}, {"kl_weight": -1.0},
-        {"learning_rate": 0.0}, {"averaging": 1.0},
+        {"learning_rate": 0.0}, {"averaging": 1.0}, {"clean_late": 12},
     ],
     ids=str,
 )  # fmt: skip

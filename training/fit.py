@@ -223,9 +223,11 @@ def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def _pair_source(train: Split, classifiers: Mapping[str, nn.Module], recipe: Recipe) -> PairSource:
     if recipe.pairs == "fly":
+        steps = recipe.steps or recipe.epochs * (len(train) // (recipe.attacked + recipe.clean))
         return FlyPairs(
-            train, list(classifiers.values()), attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed
-        )
+            train, list(classifiers.values()), attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed,
+            clean_late=recipe.clean_late, late=steps // 2,
+        )  # fmt: skip
     return TablePairs(
         train, classifiers, batch_size=recipe.attacked, seed=recipe.seed, images=recipe.images or None,
         cw_images=recipe.cw_images or None,

@@ -20,6 +20,7 @@ class Recipe:
         epochs: passes over the pairs where ``steps`` is 0.
         attacked: attacked images a batch (``table``: pairs a batch, clean ones among them).
         clean: clean images a batch beside them (``fly`` alone).
+        clean_late: attacked images that clean ones replace in the second half of the steps (``fly`` alone).
         images: training images that are attacked (``table`` alone); 0 means all.
         cw_images: training images that are attacked by CW (``table`` alone); 0 means all.
         learning_rate: Adam's.
@@ -39,6 +40,7 @@ class Recipe:
     epochs: int = 0
     attacked: int = 64
     clean: int = 0
+    clean_late: int = 0
     images: int = 0
     cw_images: int = 0
     learning_rate: float = 5e-4
@@ -58,11 +60,14 @@ class Recipe:
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"recipe: expected either steps or epochs above 0, got {self.steps} and {self.epochs}")
         lowest = {
-            "attacked": 1, "clean": 0, "images": 0, "cw_images": 0, "warmup": 0, "kl_weight": 0, "agreement_weight": 0,
+            "attacked": 1, "clean": 0, "clean_late": 0, "images": 0, "cw_images": 0, "warmup": 0, "kl_weight": 0,
+            "agreement_weight": 0,
         }  # fmt: skip
         for field, bound in lowest.items():
             if getattr(self, field) < bound:
                 raise ValueError(f"recipe {field}: expected at least {bound}, got {getattr(self, field)}")
+        if self.clean_late >= self.attacked:
+            raise ValueError(f"recipe clean_late: expected below attacked ({self.attacked}), got {self.clean_late}")
         if self.learning_rate <= 0:
             raise ValueError(f"recipe learning_rate: expected above 0, got {self.learning_rate}")
         for field in ("decay", "averaging"):
@@ -90,7 +95,7 @@ PRESETS: dict[str, Recipe] = {
     # The shipped recipe; beyond the paper: fresh attacks, modern classifiers in the pool, agreement, averaged weights.
     "pooled": Recipe(
         "pooled", "fly", (*PAPER_CLASSIFIERS, *MODERN_CLASSIFIERS), steps=15000, attacked=36, clean=12,
-        learning_rate=1e-3, warmup=200, decay=0.3, agreement_weight=30.0, averaging=0.998,
+        clean_late=12, learning_rate=1e-3, warmup=200, decay=0.5, agreement_weight=30.0, averaging=0.998,
     ),
 }  # fmt: skip
 
