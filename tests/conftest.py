@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, save_checkpoint
-from training.__main__ import CLASSIFIER_FOLDER
+from training.pool import CLASSIFIER_FOLDER
 from training.train_classifier import load_classifier
 
 

@@ -87,8 +87,8 @@ def test_idx_files_are_found(where: str, idx_folder: Path, monkeypatch: pytest.M
 
 def test_missing_data_names_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEFENSE_VAE_DATA", str(tmp_path / "elsewhere"))
-    with pytest.raises(FileNotFoundError, match=r"here.*elsewhere.*--data DIR or \$DEFENSE_VAE_DATA"):
-        load_dataset("mnist", tmp_path / "here")
+    with pytest.raises(FileNotFoundError, match=r"elsewhere.*--data DIR or \$DEFENSE_VAE_DATA"):
+        load_dataset("mnist")
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,13 @@ def test_image_folder_with_its_own_test_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: image_folder(root / "more", 1, 28, "L"), "one side"),
+        (lambda root: (root / "empty").mkdir(), "expected images of this class"),
+        (lambda root: Image.new("L", (28, 28)).save(root / "cats" / "small.png"), "one side"),
+        (lambda root: Image.new("I;16", (32, 32)).save(root / "cats" / "deep.png"), "got Pillow mode I;16"),
+        (lambda root: Image.new("RGBA", (32, 32)).save(root / "cats" / "clear.png"), "got Pillow mode RGBA"),
         (lambda root: (root / "cats" / "bad.png").write_bytes(b"not an image"), "not a readable image"),
     ],
-    ids=["two-sizes", "unreadable"],
+    ids=["empty-class", "two-sizes", "16-bit", "alpha", "unreadable"],
 )
 def test_bad_image_folder(spoil: object, message: str, tmp_path: Path) -> None:
     image_folder(tmp_path / "pets", 12, 32, "L")
@@ -165,6 +168,39 @@ def test_bad_image_folder(spoil: object, message: str, tmp_path: Path) -> None:
     spoil(tmp_path / "pets")
     with pytest.raises(ValueError, match=message):
         load_dataset(str(tmp_path / "pets"))
+
+
+def test_a_folder_named_like_a_data_set_is_not_that_data_set(tmp_path: Path) -> None:
+    image_folder(tmp_path / "fashion_mnist", 12, 28, "L")
+    (tmp_path / "fashion_mnist" / ".hidden").mkdir()
+    loaded = load_dataset(str(tmp_path / "fashion_mnist"))
+    assert loaded.name == "fashion_mnist-folder"
+    assert loaded.class_names == ("cats", "dogs")
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    image_folder(tmp_path / "pets", 4, 28, "L")
+    with pytest.raises(ValueError, match="expected 10 or more training images"):
+        load_dataset(str(tmp_path / "pets"))
+
+
+def test_test_classes_must_be_training_classes(tmp_path: Path) -> None:
+    image_folder(tmp_path / "train", 20, 28, "L")
+    image_folder(tmp_path / "test", 5, 28, "L")
+    (tmp_path / "test" / "dogs").rename(tmp_path / "test" / "wolves")
+    with pytest.raises(ValueError, match="got also wolves"):
+        load_dataset(str(tmp_path))
+
+
+def test_other_images_do_not_pass_for_fashion_mnist(idx_folder: Path) -> None:
+    with pytest.raises(ValueError, match="expected Fashion-MNIST as published"):
+        load_dataset("fashion_mnist", idx_folder)
+
+
+def test_a_named_folder_is_the_only_one_searched(idx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFENSE_VAE_DATA", str(idx_folder))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_dataset("mnist", idx_folder / "nowhere")
 
 
 def test_unsupported_image_size(tmp_path: Path) -> None:

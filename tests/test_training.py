@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from defense_vae_fast.architecture import VAEConfig
@@ -28,7 +29,8 @@ from defense_vae_fast.nn.losses import (
     reconstruction_loss,
 )
 from defense_vae_fast.nn.model import DefenseVAE, VAEOutput
-from training.__main__ import cli
+from training import pool
+from training.__main__ import cli, main
 from training.attacks import FGSM, PAPER_TRAINING_ATTACKS
 from training.classifiers import CLASSIFIERS, build
 from training.data import Dataset, Split, to_float
@@ -280,6 +282,7 @@ def test_training_lowers_the_loss_and_writes_what_it_promises(
     header = load_checkpoint(result.checkpoint)
     assert header.recipe["classifiers"] == ["D"]
     assert header.recipe["kl_weight"] == 0.0
+    assert any("PGD" in attack for attack in header.recipe["attacks"])
     assert header.recipe["steps_made"] == 38
     assert set(header.accuracies["validation"]) == {"clean", "fgsm_0.3"}
     assert header.versions["torch"] == torch.__version__
@@ -288,12 +291,25 @@ def test_training_lowers_the_loss_and_writes_what_it_promises(
 def test_a_run_is_not_overwritten_and_another_recipe_is_not_resumed(
     dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
 ) -> None:
-    recipe = replace(TINY, steps=1)
+    recipe = replace(TINY, steps=2)
+    with pytest.raises(FileNotFoundError, match="start without --resume"):
+        fit(dataset, {"D": classifier_d}, recipe, tmp_path, resume=True)
     fit(dataset, {"D": classifier_d}, recipe, tmp_path)
     with pytest.raises(FileExistsError, match="--resume"):
         fit(dataset, {"D": classifier_d}, recipe, tmp_path)
     with pytest.raises(ValueError, match=r"differs in kl_weight \(0.0 there, 1.0 here\)"):
         fit(dataset, {"D": classifier_d}, replace(recipe, kl_weight=1.0), tmp_path, resume=True)
+    with pytest.raises(ValueError, match="at most 1 steps, got one that has made 2"):
+        fit(dataset, {"D": classifier_d}, replace(recipe, steps=1), tmp_path, resume=True)
+    other = replace(dataset, train=dataset.train.take(torch.arange(300).flip(0)))
+    with pytest.raises(ValueError, match="differs in data_digest"):
+        fit(other, {"D": classifier_d}, recipe, tmp_path, resume=True)
+    described = {**recipe.to_dict(), "dataset": dataset.name, "data_digest": dataset.digest}
+    save_file(
+        {"random.cpu": torch.get_rng_state()}, tmp_path / STATE_FILE, {"run": json.dumps({"step": 1, **described})}
+    )
+    with pytest.raises(ValueError, match="delete it to start anew"):
+        fit(dataset, {"D": classifier_d}, recipe, tmp_path, resume=True)
     (tmp_path / STATE_FILE).write_bytes(b"12345678")
     with pytest.raises(ValueError, match="delete it to start anew"):
         fit(dataset, {"D": classifier_d}, recipe, tmp_path, resume=True)
@@ -328,7 +344,8 @@ def test_learning_rate_stays_within_its_peak(name: str) -> None:
     "change",
     [
         {"pairs": "both"}, {"classifiers": ()}, {"steps": 0}, {"epochs": 3}, {"attacked": 0}, {"kl_weight": -1.0},
-        {"learning_rate": 0.0}, {"averaging": 1.0}, {"clean_late": 12},
+        {"learning_rate": 0.0}, {"averaging": 1.0}, {"clean_late": 12}, {"kl_weight": math.nan}, {"steps": 1.5},
+        {"latent_dim": 0}, {"agreement_weight": math.inf},
     ],
     ids=str,
 )  # fmt: skip
@@ -356,27 +373,114 @@ def test_fit_on_own_images_and_classifier(tmp_path: Path, monkeypatch: pytest.Mo
     arguments = ["fit", "images", "--classifier", "mine:make", "--preset", "pooled", "--steps", "2", "--device", "cpu"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    checkpoint = load_checkpoint(tmp_path / "runs" / "images-pooled" / CHECKPOINT_FILE)
+    path = tmp_path / "runs" / "images-pooled" / CHECKPOINT_FILE
+    checkpoint = load_checkpoint(path)
     assert checkpoint.config == VAEConfig(32, 3)
     assert checkpoint.recipe["class_names"] == ["dark", "light"]
+    measured = [
+        "evaluate",
+        "images",
+        "--checkpoint",
+        str(path),
+        "--classifier",
+        "mine:make",
+        "--json",
+        "out/cells.json",
+    ]
+    assert CliRunner().invoke(cli, [*measured, "--save", "out/kept.safetensors"], catch_exceptions=False).exit_code == 0
+    cells = json.loads((tmp_path / "out" / "cells.json").read_text())["sections"]["attacked classifiers"]["cells"]
+    assert [cell["attack"] for cell in cells] == ["clean", "fgsm", "rand_fgsm", "cw"]
+    kept = load_checkpoint(tmp_path / "out" / "kept.safetensors").accuracies
+    section = kept["test images, attacks away from true labels"]["attacked classifiers"]
+    assert section["mine:make"]["clean"] == [cells[0]["bare"], cells[0]["purified"]]
+
+
+OWN_CLASSIFIERS = """
+import torch
+from torch import nn
+def broken():
+    raise RuntimeError("no weights")
+def tuples():
+    class Two(nn.Flatten):
+        def forward(self, x):
+            return super().forward(x), None
+    return Two()
+def colour():
+    return nn.Sequential(nn.Conv2d(3, 2, 28), nn.Flatten())
+def eleven():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 11))
+def number():
+    return 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("broken", "RuntimeError: no weights"),
+        ("tuples", "expected floating logits"),
+        ("colour", "RuntimeError"),
+        ("eleven", r"expected floating logits \(2, 10\).*\(2, 11\)"),
+        ("number", "expected a torch.nn.Module, got int"),
+        ("missing", "AttributeError"),
+    ],
+)
+def test_what_is_wrong_with_an_own_classifier_is_said(
+    function: str, message: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_classifiers.py").write_text(OWN_CLASSIFIERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        pool.own(f"own_classifiers:{function}", dataset, torch.device("cpu"))
+
+
+def test_a_classifier_of_other_classes_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    """A folder of the same name, with its classes in another order, must not get it."""
+    device = torch.device("cpu")
+    pool.for_run("E", dataset, tmp_path, 1, device)
+    pool.for_run("E", dataset, tmp_path, 1, device)
+    turned = replace(dataset, class_names=dataset.class_names[::-1])
+    with pytest.raises(ValueError, match="expected a classifier with class_names"):
+        pool.for_run("E", turned, tmp_path, 1, device)
+
+
+def test_a_shipped_classifier_is_not_replaced_by_accident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "CLASSIFIER_FOLDER", tmp_path)
+    for name in ("dark", "light"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("L", (28, 28), number + 100 * (name == "light")).save(tmp_path / "pets" / name / f"{number}.png")
+    command = ["classifier", str(tmp_path / "pets"), "E", "--epochs", "1", "--device", "cpu"]
+    assert CliRunner().invoke(cli, command, catch_exceptions=False).exit_code == 0
+    kept = (tmp_path / "pets_E.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="--force"):
+        CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert (tmp_path / "pets_E.safetensors").read_bytes() == kept
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["fit", "no/such/folder"], "expected one of fashion_mnist, mnist or a folder"),
+        (["fit", "fashion_mnist", "--classifiers", "A,Z"], "got Z"),
+        (["fit", "fashion_mnist", "--classifiers", "A", "--classifier", "a:b"], "got both"),
+        (["fit", "fashion_mnist", "--kl-weight", "nan"], "expected a finite number"),
+        (["evaluate", "fashion_mnist", "--images", "0"], "not in the range"),
         (["evaluate", "fashion_mnist", "--checkpoint", "nothing"], "no such file"),
         (["fit", "fashion_mnist", "--device", "cuda:99"], "device: expected 'auto' or a device usable here"),
     ],
-    ids=["data", "checkpoint", "device"],
+    ids=["data", "names", "both", "nan", "count", "checkpoint", "device"],
 )
-def test_errors_are_one_line_and_exit_2(arguments: list[str], message: str) -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "training", *arguments], capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 2
-    assert message in process.stderr
-    assert "Traceback" not in process.stderr
+def test_errors_are_one_line_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["training", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -11,27 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from torch import nn
 
 from defense_vae_fast.atomic import replacing
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, load_checkpoint, save_checkpoint
 from defense_vae_fast.nn.model import DefenseVAE
-from training import classifiers, recipe
+from training import classifiers, pool, recipe
 from training.attacks import PAPER_TEST_ATTACKS, Attack
-from training.data import Dataset, load_dataset
+from training.data import load_dataset
 from training.device import find_device, place
-from training.train_classifier import accuracy, fit_classifier, load_classifier, save_classifier
 
-CLASSIFIER_FOLDER = Path(__file__).parent / "weights"
 RUNS = Path("runs")
-
-
-class Failure(click.ClickException):
-    """One line on stderr and exit code 2."""
-
-    exit_code = 2
+COUNT = click.IntRange(min=1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -59,8 +50,10 @@ device_option = click.option("--device", default="auto", help="cpu, cuda, cuda:N
 @click.option(
     "--classifiers", "names", help="Comma-separated names of built-in classifiers to attack instead of the preset's."
 )
-@click.option("--classifier-epochs", default=10, help="Epochs for built-in classifiers that have to be trained first.")
-@click.option("--steps", type=int, help="Optimizer steps instead of the preset's length.")
+@click.option(
+    "--classifier-epochs", type=COUNT, default=10, help="Epochs for built-in classifiers that have to be trained first."
+)
+@click.option("--steps", type=COUNT, help="Optimizer steps instead of the preset's length.")
 @click.option("--kl-weight", type=float, help="Weight of the KL term: 1 in the paper's text, 0 in its released code.")
 @click.option("--latent-dim", type=int, help="Size of the latent.")
 @click.option("--seed", type=int, help="Seed of everything random.")
@@ -77,6 +70,16 @@ def fit(
 ) -> None:  # fmt: skip
     """Train a purifier for DATASET: fashion_mnist, mnist, or a folder of images, one sub-folder a class.
 
+    IDX files are looked for in --data, or else in $DEFENSE_VAE_DATA and Debian's /usr/share/datasets; Fashion-MNIST is
+    downloaded when it is nowhere. A run may be stopped with Ctrl-C at any time and goes on with the same command and
+    --resume.
+
+    \b
+    Presets, on two cores:
+      quick   the paper's attacks on 6,000 images, one classifier: tens of minutes
+      paper   the same on all images, five epochs with batches of 16: a day; meant for a GPU
+      pooled  fresh attacks on seven classifiers, as shipped: one to two hours
+
     \b
     Examples:
       python -m training fit fashion_mnist --preset quick
@@ -85,22 +88,22 @@ def fit(
     """
     from training.fit import fit as run
 
+    if own and names:
+        raise ValueError("fit: expected --classifier or --classifiers, got both; name one")
     where = find_device(device)
-    images = load_dataset(dataset, data)
-    pool_names = tuple(names.split(",")) if names else None
-    if own:
-        pool_names = (own,)
     chosen = recipe.preset(
         preset, steps=steps, epochs=0 if steps else None, kl_weight=kl_weight, latent_dim=latent_dim, seed=seed,
-        classifiers=pool_names,
+        classifiers=(own,) if own else tuple(names.split(",")) if names else None,
     )  # fmt: skip
+    if not own:
+        pool.check_names(chosen.classifiers)
+    images = load_dataset(dataset, data)
     out = out or RUNS / f"{images.name}-{preset}"
-    pool: dict[str, nn.Module] = {}
-    for name in chosen.classifiers:
-        pool[name] = (
-            _own_classifier(name, images, where) if own else _built_in(name, images, out, classifier_epochs, where)
-        )
-    result = run(images, pool, chosen, out, device=where, resume=resume, tensorboard=tensorboard)
+    attacked = {
+        name: pool.own(name, images, where) if own else pool.for_run(name, images, out, classifier_epochs, where)
+        for name in chosen.classifiers
+    }
+    result = run(images, attacked, chosen, out, device=where, resume=resume, tensorboard=tensorboard)
     click.echo(f"{result.checkpoint} (step {result.step} of {result.steps})")
     if not result.finished:
         click.echo("stopped early; the checkpoint is usable as it is, and --resume goes on", err=True)
@@ -114,8 +117,9 @@ def fit(
 @click.option(
     "--split", type=click.Choice(["test", "validation"]), default="test", help="Choose on validation, report on test."
 )
-@click.option("--images", type=int, help="Only the first so many images.")
-@click.option("--classifiers", "names", default=",".join(classifiers.PAPER_CLASSIFIERS), help="Comma-separated names.")
+@click.option("--images", type=COUNT, help="Only the first so many images.")
+@click.option("--classifiers", "names", help="Comma-separated names. [default: A,B,C,D]")
+@click.option("--classifier", "own", metavar="MODULE:FUNCTION", help="Your own torch classifier, as in 'fit'.")
 @click.option(
     "--predicted-labels", is_flag=True, help="Attack away from the classifier's own predictions: no label leaks."
 )
@@ -128,10 +132,13 @@ def fit(
 )
 @device_option
 def evaluate(
-    dataset: str, checkpoint: str | None, data: Path | None, split: str, images: int | None, names: str,
+    dataset: str, checkpoint: str | None, data: Path | None, split: str, images: int | None, names: str | None,
+    own: str | None,
     predicted_labels: bool, held_out: bool, json_path: Path | None, save: Path | None, device: str,
 ) -> None:  # fmt: skip
     """Print the paper's Table 1 for DATASET with our purifier: oblivious attacks on the bare classifiers.
+
+    DATASET and --data are as in 'fit'. All 10,000 test images take a quarter of an hour on two cores.
 
     \b
     Examples:
@@ -140,17 +147,29 @@ def evaluate(
     """
     from training import evaluate as measure
 
+    if own and names:
+        raise ValueError("evaluate: expected --classifier or --classifiers, got both; name one")
     where = find_device(device)
-    bundle = load_checkpoint(checkpoint or dataset)
+    for path in (json_path, save):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        bundle = load_checkpoint(checkpoint or dataset)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; name your own with --checkpoint") from error
     model = place(DefenseVAE.from_checkpoint(bundle), where)
     loaded = load_dataset(dataset, data)
+    if bundle.config.image_shape != tuple(loaded.test.images.shape[1:]):
+        raise ValueError(
+            f"evaluate: expected images of the purifier's shape {bundle.config.image_shape}, "
+            f"got {tuple(loaded.test.images.shape[1:])} in {loaded.name}"
+        )
     part = (loaded.test if split == "test" else loaded.validation).first(images).to(where)
     console = Console()
     record: dict[str, Any] = {"checkpoint": bundle.digest, "split": split, "images": len(part), "sections": {}}
     kept: dict[str, Any] = {"images": len(part), "columns": ["bare", "purified"]}
 
-    def section(title: str, which: tuple[str, ...], attacks: Mapping[str, Attack]) -> None:
-        models = {name: _shipped(name, loaded, where) for name in which}
+    def section(title: str, models: Mapping[str, nn.Module], attacks: Mapping[str, Attack]) -> None:
         cells = measure.evaluate(model, models, part, attacks, dataset=loaded.name, predicted_labels=predicted_labels)
         figures = measure.summary(cells)
         console.print(measure.render(cells, f"{loaded.name}, {len(part)} {split} images: {title}"))
@@ -160,9 +179,12 @@ def evaluate(
         record["sections"][title] = {"cells": measure.records(cells), **figures}
         kept[title] = {**measure.for_header(cells), **figures}
 
-    section("attacked classifiers", tuple(names.split(",")), PAPER_TEST_ATTACKS)
+    chosen = tuple(names.split(",")) if names else classifiers.PAPER_CLASSIFIERS
+    models = {own: pool.own(own, loaded, where)} if own else {n: pool.shipped(n, loaded, where) for n in chosen}
+    section("attacked classifiers", models, PAPER_TEST_ATTACKS)
     if held_out:
-        section("held-out classifier", (classifiers.HELD_OUT,), measure.TRANSFER_ATTACKS)
+        name = classifiers.HELD_OUT
+        section("held-out classifier", {name: pool.shipped(name, loaded, where)}, measure.TRANSFER_ATTACKS)
     if json_path:
         with replacing(json_path) as file:
             file.write(json.dumps(record, indent=1).encode() + b"\n")
@@ -171,28 +193,24 @@ def evaluate(
         save_checkpoint(save, replace(bundle, accuracies={**bundle.accuracies, key: kept}))
 
 
-def _shipped(name: str, data: Dataset, device: torch.device) -> nn.Module:
-    path = CLASSIFIER_FOLDER / f"{data.name}_{name}.safetensors"
-    if not path.exists():
-        raise Failure(
-            f"classifier {name} of {data.name}: expected the file {path}; "
-            f"train it with 'python -m training classifier {data.name} {name}'"
-        )
-    return load_classifier(path, device)[0]
-
-
 @cli.command()
 @click.argument("dataset")
 @click.argument("name", type=click.Choice(list(classifiers.CLASSIFIERS)))
 @data_option
-@click.option("--epochs", default=10, help="Passes over the training images (10 in the paper).")
+@click.option("--epochs", type=COUNT, default=10, help="Passes over the training images (10 in the paper).")
+@click.option("--force", is_flag=True, help="Replace a classifier that is there already.")
 @device_option
-def classifier(dataset: str, name: str, data: Path | None, epochs: int, device: str) -> None:
-    """Train the built-in classifier NAME on DATASET and store it beside the shipped ones."""
+def classifier(dataset: str, name: str, data: Path | None, epochs: int, force: bool, device: str) -> None:
+    """Train the built-in classifier NAME on DATASET and store it beside the shipped ones.
+
+    Purifiers are trained and measured against these files: replacing one makes earlier figures void.
+    """
+    where = find_device(device)
     loaded = load_dataset(dataset, data)
-    model = fit_classifier(name, loaded, epochs=epochs, device=find_device(device))
-    header = classifier_header(loaded, epochs, model)
-    save_classifier(CLASSIFIER_FOLDER / f"{loaded.name}_{name}.safetensors", name, model, header)
+    path = pool.shipped_path(name, loaded)
+    if path.exists() and not force:
+        raise FileExistsError(f"{path}: exists already; --force replaces it")
+    header = pool.train_and_store(name, loaded, path, epochs, where)
     click.echo(
         f"{name}: {header['validation_accuracy']:.2f} % on validation, {header['test_accuracy']:.2f} % on test images"
     )
@@ -207,53 +225,7 @@ def demo_data(dataset: str, name: str, data: Path | None) -> None:
     from training.demo_data import write_demo_data
 
     loaded = load_dataset(dataset, data)
-    write_demo_data(loaded, _shipped(name, loaded, torch.device("cpu")), WEIGHTS_FOLDER)
-
-
-def _built_in(name: str, data: Dataset, out: Path, epochs: int, device: torch.device) -> nn.Module:
-    """A shipped classifier, or one trained for this run and kept beside it."""
-    shipped = CLASSIFIER_FOLDER / f"{data.name}_{name}.safetensors"
-    path = shipped if shipped.exists() else out / "classifiers" / f"{data.name}_{name}.safetensors"
-    if not path.exists():
-        model = fit_classifier(name, data, epochs=epochs, device=device)
-        save_classifier(path, name, model, classifier_header(data, epochs, model))
-    return load_classifier(path, device)[0]
-
-
-def classifier_header(data: Dataset, epochs: int, model: nn.Module) -> dict[str, Any]:
-    """What a classifier's file says of it."""
-    _, channels, size, _ = data.train.images.shape
-    device = next(model.parameters()).device
-    return {
-        "dataset": data.name,
-        "channels": channels,
-        "image_size": size,
-        "classes": data.classes,
-        "epochs": epochs,
-        "seed": 0,
-        "validation_accuracy": accuracy(model, data.validation.to(device)),
-        "test_accuracy": accuracy(model, data.test.to(device)),
-    }
-
-
-def _own_classifier(spec: str, data: Dataset, device: torch.device) -> nn.Module:
-    module_name, _, function = spec.partition(":")
-    if not module_name or not function:
-        raise Failure(f"--classifier: expected package.module:function, got {spec!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        made = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError) as error:
-        raise Failure(f"--classifier {spec}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise Failure(f"--classifier {spec}: expected a torch.nn.Module, got {type(made).__name__}")
-    made = made.to(device).eval().requires_grad_(False)
-    shape = made(torch.zeros(2, *data.train.images.shape[1:], device=device)).shape
-    if shape != (2, data.classes):
-        raise Failure(
-            f"--classifier {spec}: expected logits of shape (N, {data.classes}), got {tuple(shape)} for N = 2"
-        )
-    return made
+    write_demo_data(loaded, pool.shipped(name, loaded, find_device("cpu")), WEIGHTS_FOLDER)
 
 
 def main() -> None:
@@ -261,10 +233,10 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         cli(prog_name="python -m training")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
 
 

@@ -44,6 +44,12 @@ def _check(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels: expected shape ({len(images)},), got {tuple(labels.shape)}")
 
 
+def _check_epsilon(epsilon: float | Tensor, lowest: float = 0.0) -> None:
+    """A tensor is taken as it is: looking into it would wait for its device."""
+    if not isinstance(epsilon, Tensor) and not lowest <= epsilon <= 1:
+        raise ValueError(f"epsilon: expected {lowest} to 1, in pixel units of [0, 1], got {epsilon}")
+
+
 def _loss_gradient(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     """Gradient of the summed cross-entropy; summed, so that a batch's images do not touch each other."""
     with torch.enable_grad():
@@ -67,6 +73,9 @@ class FGSM:
 
     epsilon: float | Tensor = 0.3
 
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon)
+
     def __call__(
         self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -86,6 +95,9 @@ class RandFGSM:
 
     epsilon: float | Tensor = 0.3
     alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon, self.alpha)
 
     def __call__(
         self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
@@ -109,6 +121,9 @@ class PGD:
     epsilon: float | Tensor = 0.3
     steps: int = 20
     relative_step: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon)
 
     def __call__(
         self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
@@ -176,7 +191,7 @@ class CarliniWagnerL2:
                 if total > 0.9999 * previous:
                     break
                 previous = total
-            # Adam written out: its moments are per pixel, so one image's result does not depend on its batch.
+            # Adam written out: its moments are per pixel, so that without abort_early no image depends on its batch.
             first = 0.9 * first + 0.1 * gradient
             second = 0.999 * second + 0.001 * gradient.square()
             step = (first / (1 - 0.9**iteration)) / ((second / (1 - 0.999**iteration)).sqrt() + 1e-8)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,15 @@ class Dataset:
     class_names: tuple[str, ...]
 
     @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of every image and label: tells one data set from another of the same name."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            for tensor in (split.images, split.labels):
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    @property
     def classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
@@ -91,9 +101,11 @@ def to_uint8(images: Tensor) -> Tensor:
 def load_dataset(name: str, data: Path | None = None) -> Dataset:
     """Load a data set by name, or a folder of images by its path.
 
-    IDX files are looked for in ``data`` (or its sub-folder ``name``), in ``$DEFENSE_VAE_DATA`` the same way and where
-    Debian's package puts them; Fashion-MNIST is downloaded and checked when none of these has it.
-    A folder holds ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` of which a tenth is the test set.
+    IDX files are looked for in ``data`` alone if it is given; else in ``$DEFENSE_VAE_DATA`` and where Debian's package
+    puts them; in each, the sub-folder ``name`` comes first. Fashion-MNIST is downloaded when none of these has it, and
+    always compared with the published digests.
+    A folder holds ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` of which a tenth is the test set;
+    hidden folders are left out. Images are 8-bit gray or RGB.
     The last 5,000 training images (a tenth of a small set) are held out for validation.
 
     Raises:
@@ -102,14 +114,24 @@ def load_dataset(name: str, data: Path | None = None) -> Dataset:
     """
     if name in IDX_DATASETS:
         folder = _find_idx(name, data)
+        if name == "fashion_mnist":
+            _check_fashion_mnist(folder)
         train, test = (_read_split(folder, part) for part in ("train", "test"))
         names = _FASHION_MNIST_CLASSES if name == "fashion_mnist" else tuple(map(str, range(10)))
     else:
+        if data is not None:
+            raise ValueError(
+                f"data: expected none for a folder of images, got {data}; the folder {name} is the data set"
+            )
         train, test, names = _read_image_folder(Path(name))
     held_out = min(VALIDATION_IMAGES, len(train) // 10)
+    if not held_out or not len(test):
+        raise ValueError(
+            f"{name}: expected 10 or more training images and a test image, got {len(train)} and {len(test)}"
+        )
     cut = len(train) - held_out
     return Dataset(
-        name=name if name in IDX_DATASETS else Path(name).resolve().name,
+        name=name if name in IDX_DATASETS else _folder_name(Path(name)),
         train=train.first(cut),
         validation=Split(train.images[cut:], train.labels[cut:]),
         test=test,
@@ -128,12 +150,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: it is not such a file, or it is cut short.
     """
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path}: damaged gzip data ({error}); fetch the file again") from error
+    raw = _unpacked(path)
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path}: expected an IDX file of unsigned bytes, got the first bytes {raw[:4].hex()}")
     rank = raw[3]
@@ -145,6 +162,33 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     if len(raw) - header != expected:
         raise ValueError(f"{path}: expected {expected} bytes of data for shape {shape}, got {len(raw) - header}")
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _unpacked(path: Path) -> bytes:
+    """A file's bytes, decompressed if they are gzip's."""
+    raw = path.read_bytes()
+    if raw[:2] != b"\x1f\x8b":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip data ({error}); fetch the file again") from error
+
+
+def _check_fashion_mnist(folder: Path) -> None:
+    """Any four IDX files of 28x28 images would do, and give figures that mean nothing."""
+    for stem, digest in _FASHION_MNIST_SHA256.items():
+        path = _idx_path(folder, stem)
+        if hashlib.sha256(_unpacked(path)).hexdigest() != digest:
+            raise ValueError(
+                f"{path}: expected Fashion-MNIST as published, got other contents; name another --data folder"
+            )
+
+
+def _folder_name(folder: Path) -> str:
+    """A folder's own name, marked where it is also that of a built-in data set, whose classifiers it must not get."""
+    name = folder.resolve().name
+    return f"{name}-folder" if name in IDX_DATASETS else name
 
 
 def _read_split(folder: Path, part: str) -> Split:
@@ -162,10 +206,12 @@ def _idx_path(folder: Path, stem: str) -> Path:
 
 
 def _find_idx(name: str, data: Path | None) -> Path:
-    roots = [Path(root) for root in (data, os.environ.get("DEFENSE_VAE_DATA")) if root]
-    places = [place for root in roots for place in (root, root / name)]
-    if name in _DEBIAN_FOLDERS:
-        places.append(_DEBIAN_FOLDERS[name])
+    if data is not None:
+        places = [data / name, data]
+    else:
+        root = os.environ.get("DEFENSE_VAE_DATA")
+        places = [Path(root) / name, Path(root)] if root else []
+        places += [_DEBIAN_FOLDERS[name]] if name in _DEBIAN_FOLDERS else []
     for place in places:
         if all(_idx_path(place, stem).exists() for stems in _IDX_FILES.values() for stem in stems):
             return place
@@ -208,10 +254,12 @@ def _read_image_folder(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
         )
     has_parts = (root / "train").is_dir() and (root / "test").is_dir()
     base = root / "train" if has_parts else root
-    names = tuple(sorted(folder.name for folder in base.iterdir() if folder.is_dir()))
+    names = _class_names(base)
     if len(names) < 2:
         raise ValueError(f"{base}: expected at least two class folders, got {len(names)}")
     if has_parts:
+        if unknown := sorted(set(_class_names(root / "test")) - set(names)):
+            raise ValueError(f"{root / 'test'}: expected the classes of {base}, got also {', '.join(unknown)}")
         return _read_classes(base, names), _read_classes(root / "test", names), names
     everything = _read_classes(base, names)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
@@ -219,25 +267,19 @@ def _read_image_folder(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
     return everything.take(train), everything.take(test), names
 
 
-def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
-    from PIL import Image, UnidentifiedImageError
+def _class_names(root: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
+
+def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
     images, labels = [], []
     for label, name in enumerate(names):
-        for path in sorted((root / name).rglob("*")):
-            if path.suffix.lower() not in IMAGE_FORMATS:
-                continue
-            try:
-                with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
-            except (UnidentifiedImageError, OSError) as error:
-                raise ValueError(f"{path}: not a readable image ({error}); remove or replace it") from error
-            images.append(pixels if pixels.ndim == 3 else pixels[..., None])
-            labels.append(label)
-    if not images:
-        raise ValueError(
-            f"{root}: no images found under {', '.join(names)}; expected files ending in {', '.join(IMAGE_FORMATS)}"
-        )
+        paths = [path for path in sorted((root / name).rglob("*")) if path.suffix.lower() in IMAGE_FORMATS]
+        if not paths:
+            kinds = ", ".join(IMAGE_FORMATS)
+            raise ValueError(f"{root / name}: expected images of this class ({kinds}), got none; remove the folder")
+        images += [_read_pixels(path) for path in paths]
+        labels += [label] * len(paths)
     shapes = {image.shape for image in images}
     height, width, _ = next(iter(shapes))
     if len(shapes) != 1 or height != width or height not in supported_image_sizes():
@@ -249,3 +291,18 @@ def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Split(stacked, torch.tensor(labels)).take(order)
+
+
+def _read_pixels(path: Path) -> npt.NDArray[np.uint8]:
+    """One image as uint8 (H, W, C), turned upright."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=tuple(sorted(set(IMAGE_FORMATS.values())))) as image:
+            mode = image.mode
+            pixels = np.asarray(ImageOps.exif_transpose(image))
+    except Exception as error:  # damage shows in many ways, SyntaxError among them
+        raise ValueError(f"{path}: not a readable image ({error}); remove or replace it") from error
+    if mode not in ("L", "RGB"):
+        raise ValueError(f"{path}: expected 8-bit gray (L) or RGB, got Pillow mode {mode}; convert the image first")
+    return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -29,7 +29,7 @@ from training.device import place
 from training.pairs import FlyPairs, PairSource, TablePairs, attack_all
 from training.progress import bar
 from training.recipe import Recipe
-from training.state import load_state, save_state
+from training.state import check_state, load_state, save_state
 
 STATE_FILE = "state.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -78,11 +78,17 @@ def fit(
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` was not asked for.
-        ValueError: the state to resume belongs to another recipe.
+        FileNotFoundError: ``resume`` was asked for and ``out`` holds no run.
+        ValueError: the state to resume belongs to another recipe or other data.
     """
     device = torch.device(device)
     state_path = out / STATE_FILE
-    if state_path.exists() and not resume:
+    about = {**recipe.to_dict(), "dataset": data.name, "data_digest": data.digest}
+    # Whatever can be wrong with the folder is found before the pairs are made, which may take hours.
+    out.mkdir(parents=True, exist_ok=True)
+    if resume:
+        check_state(state_path, about)
+    elif state_path.exists():
         raise FileExistsError(f"{out}: holds a run already; go on with --resume, or choose another --out")
     torch.manual_seed(recipe.seed)
     _, channels, size, _ = data.train.images.shape
@@ -98,8 +104,9 @@ def fit(
     step = 0
     # The last use of randomness before the first step, so that nothing above shifts the stream.
     torch.manual_seed(recipe.seed)
-    if resume and state_path.exists():
-        step = load_state(state_path, model=model, averaged=averaged, optimizer=optimizer, recipe=recipe.to_dict())
+    if resume:
+        step = check_state(state_path, about, steps)
+        load_state(state_path, model=model, averaged=averaged, optimizer=optimizer, device=device)
 
     saved = time.monotonic()
     with bar(f"Defense-VAE on {data.name}", steps, step) as progress, _stop_signal() as stopping:
@@ -112,10 +119,11 @@ def fit(
                 monitor.report(shipped, step, loss, recipe.rate(step - 1, steps))
             if epoch_ends or stopping.is_set() or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 save_state(
-                    state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, recipe=recipe.to_dict()
+                    state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, run=about, device=device
                 )
                 accuracies = {"validation": monitor.latest} if step == steps else {}
-                save_checkpoint(out / CHECKPOINT_FILE, _bundle(shipped, data, recipe, step, steps, accuracies))
+                made = {"attacks": list(source.attacks), "steps_made": step, "steps_planned": steps}
+                save_checkpoint(out / CHECKPOINT_FILE, _bundle(shipped, data, {**recipe.to_dict(), **made}, accuracies))
                 saved = time.monotonic()
             if stopping.is_set():
                 break
@@ -260,13 +268,13 @@ def _logits(classifier: nn.Module, split: Split) -> Tensor:
 
 
 def _bundle(
-    model: DefenseVAE, data: Dataset, recipe: Recipe, step: int, steps: int, accuracies: dict[str, Any]
+    model: DefenseVAE, data: Dataset, recipe: dict[str, Any], accuracies: dict[str, dict[str, float]]
 ) -> Checkpoint:
     return Checkpoint(
         config=model.config,
         tensors=model.checkpoint_tensors(),
         dataset=data.name,
-        recipe={**recipe.to_dict(), "steps_made": step, "steps_planned": steps, "class_names": list(data.class_names)},
+        recipe={**recipe, "class_names": list(data.class_names)},
         accuracies=accuracies,
         versions={
             "defense_vae_fast": __version__,

@@ -17,6 +17,11 @@ from training.data import Split, to_float, to_uint8
 from training.progress import bar
 
 ATTACK_BATCH = 250
+# Of the attacks made on the fly.
+ALPHA = 0.05
+PGD_STEPS, PGD_STEP = 3, 0.5
+CW_RATES, CW_ITERATIONS = (6.0, 12.0), 4
+PREDICTED_SHARE = 0.25
 
 
 class Pairs(NamedTuple):
@@ -32,6 +37,8 @@ class PairSource(Protocol):
     """Gives a step's batch: a function of the step and torch's random state alone, so that training resumes exactly."""
 
     steps_per_epoch: int
+    attacks: tuple[str, ...]
+    """What the pairs are made with, for the checkpoint's header."""
 
     def batch(self, step: int) -> Pairs:
         """Batch number ``step``, counted from 0."""
@@ -100,6 +107,7 @@ class TablePairs:
         self._rows, self._index = torch.cat(rows), torch.cat(index)
         self._order = Order(len(self._rows), seed)
         self.steps_per_epoch = max(1, len(self._rows) // batch_size)
+        self.attacks = tuple(map(repr, PAPER_TRAINING_ATTACKS))
 
     def batch(self, step: int) -> Pairs:
         """Batch number ``step`` of a seeded shuffle of the table."""
@@ -139,6 +147,14 @@ class FlyPairs:
         late: int = 0,
         epsilon: tuple[float, float] = (0.02, 0.4),
     ) -> None:
+        low, high = epsilon
+        self.attacks: tuple[str, ...] = (
+            f"FGSM(epsilon={low} to {high})",
+            f"RandFGSM(epsilon={low + ALPHA} to {high + ALPHA}, alpha={ALPHA})",
+            f"PGD(epsilon={low} to {high}, steps={PGD_STEPS}, relative_step={PGD_STEP})",
+            f"CarliniWagnerL2(learning_rate={CW_RATES[0]} to {CW_RATES[1]}, iterations={CW_ITERATIONS})",
+            f"{PREDICTED_SHARE:.0%} away from the prediction, the others from the true label; rounded to 8 bits",
+        )
         self._split = split
         self._classifiers = tuple(classifiers)
         self._attacked, self._size = attacked, attacked + clean
@@ -158,24 +174,25 @@ class FlyPairs:
         low, high = self._epsilon
         epsilon = low + (high - low) * torch.rand(attacked_count, device=clean.device)
         with torch.autocast(clean.device.type, torch.bfloat16):
-            guessed = torch.rand(attacked_count, device=clean.device) < 0.25
+            guessed = torch.rand(attacked_count, device=clean.device) < PREDICTED_SHARE
             labels = torch.where(guessed, predict(classifier, clean), self._split.labels[index[:attacked_count]])
             half = attacked_count // 2
             attacked = [_single_step(classifier, clean[:half], labels[:half], epsilon[:half])]
             iterated: Attack
             if round_ % 2 == 0:
-                iterated = PGD(epsilon[half:], steps=3, relative_step=0.5)
+                iterated = PGD(epsilon[half:], steps=PGD_STEPS, relative_step=PGD_STEP)
             else:
-                rate = 6 + 6 * float(torch.rand(()))
-                iterated = CarliniWagnerL2(rate, iterations=4, abort_early=False)
+                slowest, fastest = CW_RATES
+                rate = slowest + (fastest - slowest) * float(torch.rand(()))
+                iterated = CarliniWagnerL2(rate, iterations=CW_ITERATIONS, abort_early=False)
             attacked.append(iterated(classifier, clean[half:], labels[half:]))
         return Pairs(torch.cat([to_float(to_uint8(torch.cat(attacked))), images[attacked_count:]]), index)
 
 
-def _single_step(classifier: nn.Module, images: Tensor, labels: Tensor, epsilon: Tensor, alpha: float = 0.05) -> Tensor:
-    """FGSM on every other image, RAND-FGSM with ``alpha`` beyond ``epsilon`` on the rest; one gradient for both."""
+def _single_step(classifier: nn.Module, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
+    """FGSM on every other image, RAND-FGSM with ``ALPHA`` beyond ``epsilon`` on the rest; one gradient for both."""
     random = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1) % 2
-    start = (images + random * alpha * torch.randn_like(images).sign()).clamp(0, 1)
+    start = (images + random * ALPHA * torch.randn_like(images).sign()).clamp(0, 1)
     return FGSM(epsilon)(classifier, start, labels)
 
 

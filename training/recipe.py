@@ -1,8 +1,9 @@
-"""Training recipes: everything that decides a purifier's weights, saved in its checkpoint's header."""
+"""Training recipes: what decides a purifier's weights; the checkpoint's header holds it with the pairs' attacks."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from training.classifiers import MODERN_CLASSIFIERS, PAPER_CLASSIFIERS
@@ -57,22 +58,28 @@ class Recipe:
             raise ValueError(f"recipe pairs: expected 'table' or 'fly', got {self.pairs!r}")
         if not self.classifiers:
             raise ValueError("recipe classifiers: expected at least one, got none")
-        if (self.steps > 0) == (self.epochs > 0):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and type(value) is not int:
+                raise ValueError(f"recipe {field.name}: expected an int, got {value!r}")
+            if field.type == "float" and not math.isfinite(value):
+                raise ValueError(f"recipe {field.name}: expected a finite number, got {value!r}")
+        if min(self.steps, self.epochs) != 0 or max(self.steps, self.epochs) < 1:
             raise ValueError(f"recipe: expected either steps or epochs above 0, got {self.steps} and {self.epochs}")
         lowest = {
             "attacked": 1, "clean": 0, "clean_late": 0, "images": 0, "cw_images": 0, "warmup": 0, "kl_weight": 0,
-            "agreement_weight": 0,
+            "agreement_weight": 0, "latent_dim": 1, "seed": 0,
         }  # fmt: skip
-        for field, bound in lowest.items():
-            if getattr(self, field) < bound:
-                raise ValueError(f"recipe {field}: expected at least {bound}, got {getattr(self, field)}")
+        for name, bound in lowest.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"recipe {name}: expected at least {bound}, got {getattr(self, name)}")
         if self.clean_late >= self.attacked:
             raise ValueError(f"recipe clean_late: expected below attacked ({self.attacked}), got {self.clean_late}")
         if self.learning_rate <= 0:
             raise ValueError(f"recipe learning_rate: expected above 0, got {self.learning_rate}")
-        for field in ("decay", "averaging"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"recipe {field}: expected 0 to below 1, got {getattr(self, field)}")
+        for name in ("decay", "averaging"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"recipe {name}: expected 0 to below 1, got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for a header."""

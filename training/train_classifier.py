@@ -47,6 +47,7 @@ def fit_classifier(
     _, channels, size, _ = data.train.images.shape
     model = place(classifiers.build(name, channels, size, data.classes), device)
     train = data.train.to(device)
+    batch_size = min(batch_size, len(train))
     steps = len(train) // batch_size
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate * 2, total_steps=epochs * steps)
