@@ -9,6 +9,7 @@ Exit codes: 0 all is well; 1 some files failed and the rest were done; 2 wrong u
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import traceback
@@ -44,6 +45,7 @@ class _Group(click.Group):
         """Run the command and exit; without ``standalone_mode`` return its code and let errors through."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
+        _print_any_name()
         words = list(sys.argv[1:] if args is None else args)
         # By the word alone: a failure while the options are being read must honour it too.
         debug = "--debug" in words
@@ -63,6 +65,25 @@ class _Group(click.Group):
             _say(f"{_one_line(error)}{hint}")
             code = EXIT_ERROR
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Path(click.Path):
+    """A path that is not empty: "" would be the current folder, and is a shell variable that was never set."""
+
+    def __init__(self, *, dir_okay: bool = True) -> None:
+        super().__init__(path_type=Path, dir_okay=dir_okay)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As in click, for all but the empty string."""
+        if value == "":
+            self.fail("expected a path, got an empty one; is a shell variable unset?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _print_any_name() -> None:
+    """Let stdout escape what its encoding lacks: a file's name may be any bytes, and to print it must not fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _usage_message(error: click.ClickException) -> str:
@@ -127,7 +148,7 @@ Examples:
   {PROGRAM} demo --output sheets/today.png""",
 )
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), default=Path("purified.png"), show_default=True,
+    "--output", "-o", type=_Path(dir_okay=False), default=Path("purified.png"), show_default=True,
     help="The contact sheet; an older one is replaced.",
 )  # fmt: skip
 @_engine
@@ -182,9 +203,9 @@ Exit codes:
   1  some files failed, each reported on stderr; the rest were done
   2  wrong usage, or nothing could be done"""
 )
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IN...")
+@click.argument("inputs", nargs=-1, required=True, type=_Path(), metavar="IN...")
 @click.option(
-    "--output", "-o", required=True, type=click.Path(path_type=Path), metavar="DIR",
+    "--output", "-o", required=True, type=_Path(), metavar="DIR",
     help="Folder for the results; made if it is not there.",
 )  # fmt: skip
 @click.option(
@@ -197,7 +218,7 @@ Exit codes:
     help="Arithmetic of the engine, for example fp32 or bf16.",
 )  # fmt: skip
 @click.option(
-    "--scores", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.csv",
+    "--scores", type=_Path(dir_okay=False), metavar="FILE.csv",
     help="Also write how much each image changed, as CSV: its name and the mean absolute change in [0, 1].",
 )  # fmt: skip
 @click.option("--force", "-f", is_flag=True, help="Overwrite results that exist already; inputs are never overwritten.")
@@ -321,16 +342,23 @@ def _describe(name: str) -> list[str]:
     ]
     if known.recipe:
         lines.append(f"  recipe: {json.dumps(known.recipe)}")
-    return lines + [f"  {line}" for line in _flatten("measured", known.accuracies)]
+    if known.accuracies:
+        lines += [f"  {line}" for line in _outline("measured", known.accuracies)]
+    return lines
 
 
-def _flatten(path: str, value: Any) -> list[str]:
-    """``key / key: value`` for every leaf of nested dictionaries."""
-    if isinstance(value, Mapping):
-        return [
-            line for key, inner in value.items() for line in _flatten(f"{path} / {key}" if path else str(key), inner)
-        ]
-    return [f"{path}: {value}"]
+def _outline(title: str, values: Mapping[str, Any]) -> list[str]:
+    """Nested dictionaries as an indented outline: one line each, with all that is not a dictionary itself."""
+    own = ", ".join(f"{key} {_figure(value)}" for key, value in values.items() if not isinstance(value, Mapping))
+    inner = [_outline(key, value) for key, value in values.items() if isinstance(value, Mapping)]
+    return [f"{title}: {own}" if own else title, *(f"  {line}" for lines in inner for line in lines)]
+
+
+def _figure(value: Any) -> str:
+    """A measured value to four digits; a pair, such as the accuracies before and after, with an arrow."""
+    if isinstance(value, list):
+        return (" -> " if len(value) == 2 else ", ").join(_figure(part) for part in value)
+    return str(float(f"{value:.4g}")) if isinstance(value, float) else str(value)
 
 
 def _versions() -> dict[str, str]:

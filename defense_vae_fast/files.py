@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ IMAGE_FORMATS = {
 ARRAY_SUFFIXES = (".npy", ".npz")
 # WebP is lossless on request; JPEG never is, so it gets the highest quality that Pillow's manual recommends.
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+# Pillow has no gray WebP: each is decoded as RGB, and a lossy one's channels differ by one where they are rounded.
+_GRAY_WEBP_SPREAD = 1
 _MODES = {1: ("L", "8-bit gray"), 3: ("RGB", "8-bit RGB"), 4: ("RGBA", "8-bit RGBA")}
 
 
@@ -154,11 +157,22 @@ def _check_targets(jobs: Sequence[Job], *, force: bool) -> None:
 
 
 def check_extra_output(path: Path, jobs: Sequence[Job], *, force: bool) -> None:
-    """Raise a :class:`PlanError` where a report at ``path`` would replace an input, a result or, unforced, any file."""
+    """Check the place of a report before any work.
+
+    Raises:
+        PlanError: its folder is missing; or ``path`` is an input, a result, a folder that results go into or, without
+            ``force``, any file that exists.
+    """
     if not path.parent.is_dir():
         raise PlanError(f"{path}: expected an existing folder {path.parent}, found none; make it first")
-    if any(os.path.abspath(path) == os.path.abspath(job.target) for job in jobs):
+    # Links to folders are followed, for the same place may be spelled twice; one at the file itself would be replaced.
+    real = {folder: Path(os.path.realpath(folder)) for folder in {path.parent, *(job.target.parent for job in jobs)}}
+    place = os.path.normcase(real[path.parent] / path.name)
+    targets = [real[job.target.parent] / job.target.name for job in jobs]
+    if place in {os.path.normcase(target) for target in targets}:
         raise PlanError(f"{path} is also the name of a result; name another file")
+    if place in {os.path.normcase(folder) for target in targets for folder in target.parents}:
+        raise PlanError(f"{path} is also the name of a folder for results; name another file")
     if path.exists() and _identity(path) in {_identity(job.source) for job in jobs}:
         raise PlanError(f"{path} is one of the inputs and is never overwritten; name another file")
     if os.path.lexists(path) and not force:
@@ -173,6 +187,8 @@ def _identity(path: Path) -> tuple[int, int]:
 def read_image(path: Path, config: VAEConfig) -> Array:
     """One picture as uint8 (H, W, C), turned upright where its EXIF data say so.
 
+    For a one-channel network a WebP without colours counts as gray, since that format knows no other.
+
     Raises:
         ValueError: another size, colour mode or number of frames than the network takes; nothing is converted.
         OSError: it cannot be read or decoded.
@@ -182,7 +198,8 @@ def read_image(path: Path, config: VAEConfig) -> Array:
     formats = tuple(sorted(set(IMAGE_FORMATS.values())))
     with Image.open(path, formats=formats) as image:
         # Checked on the header, before anything is decoded: a picture of a billion pixels costs nothing.
-        if image.size != (side, side) or image.mode != mode:
+        gray_webp = config.channels == 1 and image.format == "WEBP" and image.mode == "RGB"
+        if image.size != (side, side) or (image.mode != mode and not gray_webp):
             width, height = image.size
             raise ValueError(
                 f"expected a {side}x{side} {label} image, got {width}x{height} in Pillow mode {image.mode}; "
@@ -190,7 +207,12 @@ def read_image(path: Path, config: VAEConfig) -> Array:
             )
         if getattr(image, "n_frames", 1) != 1:
             raise ValueError("expected one frame, got several; split the file first")
-        return np.asarray(ImageOps.exif_transpose(image)).reshape(side, side, config.channels)
+        pixels = np.asarray(ImageOps.exif_transpose(image)).reshape(side, side, -1)
+    if not gray_webp:
+        return pixels
+    if (pixels.max(axis=2) - pixels.min(axis=2)).max() > _GRAY_WEBP_SPREAD:
+        raise ValueError(f"expected a {side}x{side} {label} image, got a WebP with colours; convert it first")
+    return pixels[:, :, 1:2]  # green, which is nearest to the brightness
 
 
 def write_image(path: Path, pixels: Array) -> None:
@@ -205,24 +227,38 @@ def read_arrays(path: Path) -> dict[str, Array]:
     """The array of a ``.npy`` file under the key ``""``, or every array of a ``.npz`` file by name.
 
     Raises:
-        ValueError: it is not what its suffix says, holds Python objects, or holds no array at all.
+        ValueError: it is not what its suffix says, is damaged, holds Python objects, or holds no array at all.
         OSError: it cannot be read.
     """
+    with path.open("rb") as file:
+        start = file.read(6)
+    kind = ".npy" if start == np.lib.format.MAGIC_PREFIX else ".npz" if start[:2] == b"PK" else ""
+    if not kind:  # numpy takes any other file for a pickle
+        raise ValueError("expected a numpy file of plain numbers, got another kind; save it with numpy.save")
+    if kind != path.suffix.lower():
+        raise ValueError(f"expected a {path.suffix} file, got the other kind of numpy file; rename it")
     try:
         # Mapped, so that a large .npy is read slice by slice; numpy ignores the mode for .npz.
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # Numpy's own words for these would be to load them with allow_pickle, which runs what code the file holds.
+        if "Python objects" in str(error) or "Object arrays" in str(error):
+            raise ValueError(
+                "expected plain numbers, got Python objects, which are never unpickled; save them as numbers"
+            ) from None
+        first_line = str(error).partition("\n")[0]
         raise ValueError(
-            f"expected a numpy file of plain numbers, got another kind or a damaged one ({error})"
+            f"expected a numpy file of plain numbers, got a damaged one ({first_line}); save it again"
         ) from error
-    if isinstance(loaded, np.ndarray) != (path.suffix.lower() == ".npy"):
-        raise ValueError(f"expected a {path.suffix} file, got the other kind of numpy file; rename it")
-    if isinstance(loaded, np.ndarray):
-        return {"": loaded}
-    with loaded:
-        arrays = {name: loaded[name] for name in loaded.files}
     if not arrays:
         raise ValueError("expected at least one array, got an empty .npz")
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of a member that is something else
+            raise ValueError(f"expected arrays alone in a .npz file, got another kind of member, {name!r}; remove it")
     return arrays
 
 

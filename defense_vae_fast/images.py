@@ -13,6 +13,7 @@ engine takes, and remembers how to turn the results back.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,8 +65,8 @@ class ImageReader:
 
     Args:
         config: the network, which fixes the images' size and channels.
-        tensor_device: a torch device type, "cuda" for instance, whose tensors are to stay there; None to bring all to
-            the host.
+        tensor_device: a torch device, "cuda:0" for instance, whose tensors are to stay there; None to bring all to the
+            host. Those of another device of the same type go through the host.
     """
 
     def __init__(self, config: VAEConfig, tensor_device: str | None = None) -> None:
@@ -90,21 +91,24 @@ class ImageReader:
             return self._read_numpy(_plain(images))
         if isinstance(images, list | tuple):
             return self._read_pil_sequence(images)
-        torch = sys.modules.get("torch")  # a tensor exists only where its caller has imported torch
-        if torch is not None and isinstance(images, torch.Tensor):
+        if (torch := _module_of("torch", "Tensor", images)) is not None:
             return self._read_torch(torch, images)
-        pil = sys.modules.get("PIL.Image")
-        if pil is not None and isinstance(images, pil.Image):
+        if (pil := _module_of("PIL.Image", "Image", images)) is not None:
             array = self._pil_array(images, "the image")
             return Batch(self._check(array), True, lambda purified: _pil_image(pil, purified[0]), _as_is)
-        cupy = sys.modules.get("cupy")
-        if cupy is not None and isinstance(images, cupy.ndarray):
+        if (cupy := _module_of("cupy", "ndarray", images)) is not None:
             return self._read_cupy(cupy, images)
         kind = type(images)  # protocols are looked up on the type: the class ndarray itself is no array
-        if hasattr(kind, "__dlpack_device__") and images.__dlpack_device__()[0] in _DLPACK_HOST:
-            return self._read_dlpack(images)
-        if hasattr(kind, "__dlpack_device__") or hasattr(kind, "__cuda_array_interface__"):
+        if hasattr(kind, "__dlpack_device__"):
+            on_host = _dlpack_device_type(images) in _DLPACK_HOST
+            return self._read_dlpack(images) if on_host else self._read_device_array(images)
+        if hasattr(kind, "__cuda_array_interface__"):
             return self._read_device_array(images)
+        if hasattr(kind, "__dlpack__"):
+            raise TypeError(
+                f"images: expected an object with __dlpack__ and __dlpack_device__, got {_type_name(images)}, which "
+                "has no __dlpack_device__ to say where its memory is; add it, or convert it with numpy.asarray"
+            )
         raise TypeError(f"images: expected {_KINDS}, got {_type_name(images)}; convert it with numpy.asarray first")
 
     def _read_numpy(self, images: Array) -> Batch:
@@ -143,9 +147,9 @@ class ImageReader:
     def _read_pil_sequence(self, images: list[Any] | tuple[Any, ...]) -> Batch:
         if not images:
             raise ValueError(f"images: expected at least one image, got an empty {_type_name(images)}; skip it")
-        pil = sys.modules.get("PIL.Image")
         for index, image in enumerate(images):
-            if pil is None or not isinstance(image, pil.Image):
+            pil = _module_of("PIL.Image", "Image", image)
+            if pil is None:
                 raise TypeError(
                     f"images[{index}]: expected a list or tuple of PIL images, got {_type_name(image)} in it; "
                     "make one array of the images, with numpy.stack for instance"
@@ -188,7 +192,7 @@ class ImageReader:
         def restore(purified: Any) -> Any:
             return purified.reshape(shape).to(device=device, dtype=dtype, memory_format=layout)
 
-        if device.type == self._tensor_device:
+        if str(device) == self._tensor_device:
             is_uint8 = dtype == torch.uint8
             tail = self._check_shape(shape, is_uint8)
             images = images.detach().reshape(-1, *tail)
@@ -220,7 +224,7 @@ class ImageReader:
         """An array of any library in host memory; its own ``from_dlpack`` makes the result, NumPy where it has none."""
         try:
             array = np.from_dlpack(images)
-        except (BufferError, RuntimeError, TypeError) as error:
+        except Exception as error:  # a foreign object may raise anything, and NumPy adds its own
             raise TypeError(
                 f"images: expected a {_type_name(images)} that NumPy can read through DLPack, got the error {error!s}; "
                 "pass a plain dense uint8 or float32 array"
@@ -232,11 +236,21 @@ class ImageReader:
     def _read_device_array(self, images: Any) -> Batch:
         """An array of any library in GPU memory, reached by CuPy or torch, whichever the caller has imported."""
         dlpack = hasattr(images, "__dlpack_device__")
-        if cupy := sys.modules.get("cupy"):
-            return self._read_cupy(cupy, cupy.from_dlpack(images) if dlpack else cupy.asarray(images))
-        if torch := sys.modules.get("torch"):
-            tensor = torch.from_dlpack(images) if dlpack else torch.as_tensor(images, device="cuda")
-            return self._read_torch(torch, tensor)
+        cupy, torch = _imported("cupy", "ndarray"), _imported("torch", "from_dlpack")
+        try:
+            if cupy is not None:
+                images = cupy.from_dlpack(images) if dlpack else cupy.asarray(images)
+            elif torch is not None:
+                images = torch.from_dlpack(images) if dlpack else torch.as_tensor(images, device="cuda")
+        except Exception as error:  # a foreign object and a driver may raise anything
+            raise TypeError(
+                f"images: expected a {_type_name(images)} in memory that {'cupy' if cupy else 'torch'} can read, "
+                f"got the error {error!s}; copy it to the host first"
+            ) from error
+        if cupy is not None:
+            return self._read_cupy(cupy, images)
+        if torch is not None:
+            return self._read_torch(torch, images)
         raise TypeError(
             f"images: expected an array in host memory, got {_type_name(images)} in device memory; "
             "import cupy or torch, through which it can be copied, or copy it to the host"
@@ -263,6 +277,32 @@ class ImageReader:
             f"images: expected {kind} images, {layout}, of the shape {gray}({tail}) or (N, {tail}), "
             f"got {shape}; {advice}"
         )
+
+
+def _imported(module: str, attribute: str) -> Any:
+    """A module that the program has imported, or None; not one that another thread is still importing."""
+    found = sys.modules.get(module)
+    return found if hasattr(found, attribute) else None
+
+
+def _module_of(module: str, name: str, value: Any) -> Any:
+    """The module when ``value`` is of its class ``name``, else None: objects exist only of what was imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return sys.modules[module] if kind is not None and isinstance(value, kind) else None
+
+
+def _dlpack_device_type(images: Any) -> int:
+    """DLPack's number of the kind of memory that an object lies in."""
+    expected = f"images: expected {_type_name(images)}.__dlpack_device__() to give (device type, device id), two ints"
+    try:
+        device = images.__dlpack_device__()
+    except Exception as error:  # a foreign object may raise anything
+        raise TypeError(f"{expected}, got the error {error!s}; pass a NumPy array") from error
+    try:
+        kind, _ = device
+        return operator.index(kind)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{expected}, got {device!r}; pass a NumPy array") from error
 
 
 def _plain(images: Array) -> Array:

@@ -7,7 +7,7 @@ import platform
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from defense_vae_fast import __version__
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint
 from defense_vae_fast.engines import select
-from defense_vae_fast.engines.base import DEFAULT_MAX_BATCH
+from defense_vae_fast.engines.base import DEFAULT_MAX_BATCH, EngineUnavailable
 from defense_vae_fast.images import ImageReader
 
 if TYPE_CHECKING:
@@ -62,17 +62,25 @@ class Purifier:
         streams: int | None = None,
         name: str = "",
     ) -> None:
-        chosen = select(engine, device, precision)
+        failed: dict[str, str] = {}
+        while True:
+            chosen = select(engine, device, precision, failed)
+            try:
+                self._engine = chosen.engine.load(checkpoint, precision, device, max_batch, streams)
+                break
+            except EngineUnavailable as error:
+                if engine != "auto":
+                    raise
+                failed[chosen.engine.name] = str(error)
         self._checkpoint = checkpoint
         self._name = name
         self._why = "asked for by name" if engine != "auto" else "the first in the list that works here"
         self._skipped = dict(chosen.skipped)
-        self._engine = chosen.engine.load(checkpoint, precision, device, max_batch, streams)
         self._run = self._engine.run
         # An engine that takes torch tensors spares those on its device the way through the host.
         self._run_tensor = getattr(self._engine, "run_tensor", None)
         self._read_to_host = ImageReader(checkpoint.config).read
-        self._read = ImageReader(checkpoint.config, self._run_tensor and self._engine.device).read
+        self._read = ImageReader(checkpoint.config, getattr(self._engine, "tensor_device", None)).read
         self._closed = False
 
     @classmethod
@@ -179,17 +187,14 @@ class Purifier:
         return answer
 
     def warmup(self) -> None:
-        """Run one image and one full batch of each dtype, so that no later call pays for compilation or first use.
+        """Compile and run whatever a later call could need, so that none pays for a first use.
 
         Raises:
             RuntimeError: the Purifier is closed.
         """
         if self._closed:
             raise _closed_error()
-        channels, height, width = self.config.image_shape
-        for count in (1, self._engine.max_batch):
-            self._run(np.zeros((count, height, width, channels), np.uint8))
-            self._run(np.zeros((count, channels, height, width), np.float32))
+        self._engine.warmup()
 
     def info(self) -> dict[str, Any]:
         """What runs here and why, as a dictionary that JSON can hold.
@@ -237,20 +242,19 @@ class Purifier:
             std: C positive numbers to divide by afterwards; given with ``mean`` or not at all.
 
         Raises:
+            TypeError: ``classifier`` is no module, or ``mean`` or ``std`` no sequence of numbers.
             ValueError: ``mean`` and ``std`` are not as above.
             ImportError: torch is not installed.
         """
         try:
-            from defense_vae_fast.nn.defended import PurifiedClassifier
+            from defense_vae_fast.nn.defended import PurifiedClassifier, device_of
             from defense_vae_fast.nn.model import DefenseVAE
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
             raise ImportError("defend: torch is not installed; pip install 'defense-vae-fast[torch]'") from error
-        vae = DefenseVAE.from_checkpoint(self._checkpoint)
-        parameter = next(classifier.parameters(), None)
-        if parameter is not None:
-            vae.to(parameter.device)
+        device = device_of(classifier)
+        vae = DefenseVAE.from_checkpoint(self._checkpoint).to(device)
         return PurifiedClassifier(vae, classifier, mean, std)
 
     @property
@@ -265,8 +269,14 @@ class Purifier:
 
     def close(self) -> None:
         """Finish what was submitted and free the engine. Calling it again does nothing."""
-        self._closed = True
         self._engine.close()
+        self._closed = True
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "expected a Purifier to stay in the process that made it, got a request to pickle or copy it; "
+            "pass its checkpoint's path, and create a Purifier from it there"
+        )
 
     def __enter__(self) -> Purifier:
         return self

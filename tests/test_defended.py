@@ -109,6 +109,31 @@ def test_wrong_normalisation_is_refused(vae, mean, std, message):
 
 
 @pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (0.5, 0.5, "mean: expected a sequence of 1 number.*, got 0.5 of the type float; pass a list"),
+        ([0.5], 0.5, "std: expected a sequence of 1 number.*, got 0.5 of the type float; pass a list"),
+        (["a"], [0.5], "mean: expected a sequence of 1 number"),
+        ([None], [0.5], "mean: expected a sequence of 1 number"),
+    ],
+)
+def test_normalisation_that_is_no_sequence_of_numbers_is_refused(vae, mean, std, message):
+    with pytest.raises(TypeError, match=message):
+        PurifiedClassifier(vae, small_classifier(), mean, std)
+
+
+@pytest.mark.parametrize("classifier", [None, lambda x: x, small_classifier], ids=["None", "lambda", "function"])
+def test_a_classifier_that_is_no_module_is_refused(vae, classifier):
+    with pytest.raises(TypeError, match=r"classifier: expected a torch\.nn\.Module, got .*; wrap a function"):
+        PurifiedClassifier(vae, classifier)
+
+
+def test_normalisation_lies_where_the_purifier_does(vae):
+    defended = PurifiedClassifier(vae.to("meta"), small_classifier().to("meta"), [0.3], [0.3])
+    assert defended.mean.device == defended.std.device == torch.device("meta")
+
+
+@pytest.mark.parametrize(
     "x",
     [torch.zeros(28, 28), torch.zeros(1, 3, 28, 28), torch.zeros(1, 1, 28, 28, dtype=torch.uint8)],
     ids=["2d", "rgb", "uint8"],

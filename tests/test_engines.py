@@ -6,6 +6,7 @@ import ast
 import functools
 import gc
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -20,9 +22,10 @@ import torch
 from conftest import random_checkpoint
 
 import defense_vae_fast
-from defense_vae_fast import engines
+from defense_vae_fast import Purifier, engines
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.engines import ENGINES, Engine, EngineUnavailable, select
+from defense_vae_fast.engines import torch as torch_engine
 from defense_vae_fast.engines.openvino import OpenVINOEngine
 from defense_vae_fast.engines.torch import TorchEngine
 from defense_vae_fast.nn.model import DefenseVAE
@@ -223,6 +226,91 @@ def test_a_futures_callback_may_call_the_engine(engine):
     assert np.array_equal(chained[1].result(60)[0], expected)
 
 
+def test_callbacks_may_submit_while_the_queue_is_full(fresh):
+    """More batches than may wait, so that the thread that makes room must not wait for it."""
+    engine = fresh(max_batch=1)
+    images, _ = pixels(1)
+    answers = SimpleQueue()
+    for _ in range(40):
+        engine.submit(images).add_done_callback(lambda _: answers.put(engine.submit(images)))
+    for _ in range(40):
+        answers.get(timeout=60).result(timeout=60)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("name", list(ROW))
+def test_a_forked_child_is_told(name, checkpoint_path):
+    """In a process of its own: forking this one, full of threads, would be the test's own danger."""
+    code = f"""
+        import os, sys
+        import numpy as np
+        from defense_vae_fast import EngineUnavailable, Purifier
+        purifier = Purifier.from_pretrained(sys.argv[1], engine="{name}", precision="fp32")
+        images = np.zeros((4, 28, 28, 1), np.uint8)
+        purifier(images)
+        purifier.submit(images).result()
+        child = os.fork()
+        if child == 0:
+            told = 0
+            for call in (lambda: purifier(images), lambda: purifier.submit(images)):
+                try:
+                    call()
+                except RuntimeError as error:
+                    told += "create the Purifier after the fork" in str(error)
+            purifier.close()
+            if purifier.info()["engine"] == "openvino":  # a new one would wait for the parent's threads as well
+                try:
+                    Purifier.from_pretrained(sys.argv[1], engine="openvino")
+                except EngineUnavailable as error:
+                    told -= "OpenVINO was loaded before the fork" not in str(error)
+                else:
+                    told = 0
+            os._exit(told)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 2)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(checkpoint_path)], timeout=120, check=False)
+    assert done.returncode == 0
+
+
+def test_auto_goes_on_when_an_engine_does_not_load(checkpoint, monkeypatch):
+    def refuse(*_):
+        raise EngineUnavailable("no such arithmetic here")
+
+    monkeypatch.setattr(OpenVINOEngine, "load", refuse)
+    with Purifier(checkpoint) as purifier:
+        assert purifier.info()["engine"] == "torch"
+        assert purifier.info()["skipped"] == {"openvino": "no such arithmetic here"}
+    with pytest.raises(EngineUnavailable, match="no such arithmetic"):
+        Purifier(checkpoint, engine="openvino")
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_a_broken_torch_is_named(error, checkpoint_path, tmp_path):
+    """Installed, for its files are found, but its import raises: a missing shared library, for instance."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(f"raise {error}('libtorch.so: no such file')")
+    output = python(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[2])
+        from defense_vae_fast import Purifier
+        from defense_vae_fast.engines import EngineUnavailable, select
+        sys.modules["openvino"] = None
+        for engine in ("torch", "auto"):
+            try:
+                Purifier.from_pretrained(sys.argv[1], engine=engine)
+            except EngineUnavailable as error:
+                print(error)
+        """,
+        checkpoint_path,
+        tmp_path,
+    )
+    named, auto = output.splitlines()
+    for message in (named, auto):
+        assert "the package torch does not import (libtorch.so: no such file); install it again" in message
+    assert auto.startswith("no engine can work here: openvino: ")
+
+
 def test_close_drains_and_then_refuses(fresh):
     engine = fresh()
     levels, _ = pixels(20)
@@ -284,11 +372,12 @@ def test_an_error_under_way_reaches_the_future_and_frees_the_request(checkpoint,
             assert np.array_equal(engine.run(levels)[0], expected)
 
 
-def test_closing_from_a_futures_callback_is_refused(checkpoint):
+@pytest.mark.parametrize("name", list(ROW))
+def test_closing_from_a_futures_callback_is_refused(name, checkpoint):
     levels, _ = pixels(1)
     errors = []
     done = threading.Event()
-    with OpenVINOEngine.load(checkpoint, "fp32") as engine:
+    with ROW[name].load(checkpoint, "fp32", device="cpu") as engine:
 
         def close(_):
             try:
@@ -404,6 +493,44 @@ def test_run_tensor_stays_in_torch(checkpoint):
             engine.run_tensor(torch.zeros(1, 28, 28))
     with pytest.raises(RuntimeError, match="is closed"):
         engine.run_tensor(tensor)
+
+
+def fp32_settings():
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+def test_tf32_is_off_while_any_engine_is_inside():
+    before = fp32_settings()
+    with torch_engine._without_tf32:
+        with torch_engine._without_tf32:
+            assert fp32_settings() == ("ieee", "ieee")
+        assert fp32_settings() == ("ieee", "ieee")
+    assert fp32_settings() == before
+    assert torch.backends.cudnn.allow_tf32 in (True, False)  # torch's older name for it may still be read
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fp32_on_cuda_is_not_tf32(checkpoint):
+    _, images = pixels(64)
+    expected = reference(checkpoint, images)
+    before = fp32_settings()
+    with TorchEngine.load(checkpoint, "fp32", device="cuda") as engine:
+        purified, _ = engine.run(images)
+    assert fp32_settings() == before
+    assert rms(purified - expected) <= 2 * rms(reference(checkpoint, images, torch.float32) - expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_a_tensor_of_another_cuda_device(checkpoint):
+    _, images = pixels(3)
+    with Purifier(checkpoint, engine="torch", device="cuda") as purifier:
+        here, there = (purifier(torch.from_numpy(images).to(f"cuda:{index}")) for index in range(2))
+        assert (here.device.index, there.device.index) == (0, 1)
+        assert torch.equal(here.cpu(), there.cpu())
+        with pytest.raises(ValueError, match=r"on cuda:0 with N at least 1, got .* on cuda:1"):
+            purifier._engine.run_tensor(torch.from_numpy(images).to("cuda:1"))
 
 
 @pytest.mark.gpu
@@ -554,3 +681,51 @@ def test_torch_is_imported_in_nn_and_its_engine_alone():
     }
     assert "engines/torch.py" in importing
     assert {path for path in importing if not path.startswith("nn/")} == {"engines/torch.py"}
+
+
+# Each may import those of an earlier row, and modules of its own folder where it is one.
+ROWS = [
+    {"architecture", "atomic"},
+    {"checkpoint", "files", "images"},
+    {"onnx_graph", "contact_sheet", "nn"},
+    {"engines"},
+    {"purifier"},
+    {"demo", "purify"},
+    {"cli"},
+]
+
+
+def imported_parts(node):
+    """Parts of the package (a module or folder at its top), and other modules that code imports anywhere."""
+    if isinstance(node, ast.ImportFrom) and node.module == "defense_vae_fast":
+        yield from (f"defense_vae_fast.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        assert not getattr(node, "level", 0), "imports are absolute, so that this test can follow them"
+        yield from imported_modules(node)
+    elif not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+        for child in ast.iter_child_nodes(node):
+            yield from imported_parts(child)
+
+
+def package_files():
+    return {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("name", package_files())
+def test_imports_go_one_way(name):
+    row = {part: index for index, parts in enumerate(ROWS) for part in parts}
+    own = Path(name).parts[0].removesuffix(".py")
+    names = set(imported_parts(ast.parse(package_files()[name].read_text())))
+    assert not {module for module in names if module.split(".")[0] in ("training", "bench", "tests")}
+    parts = {module.split(".")[1] for module in names if module.startswith("defense_vae_fast.")} & {*row, own}
+    if own == "__init__":
+        assert not parts  # what it exports is imported when asked for
+        return
+    assert own in row, f"{name}: give it a row in ROWS"
+    wrong = {part for part in parts - {own} if row[part] >= row[own]}
+    assert not wrong, f"{name} imports {wrong}, which stand above or beside it"
+
+
+def test_the_rows_hold_every_part_of_the_package():
+    parts = {Path(name).parts[0].removesuffix(".py") for name in package_files()} - {"__init__"}
+    assert parts == set().union(*ROWS)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -484,6 +484,39 @@ def test_dlpack(form: tuple[tuple[int, ...], str]) -> None:
     assert type(scores) is StandardArray
 
 
+class OnlyDLPack:
+    """Half of the protocol."""
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise AssertionError("nobody knows where the memory is")
+
+
+class Device(Exporter):
+    """An array that says that it lies where it is told."""
+
+    def __init__(self, device: Any) -> None:
+        super().__init__(np.zeros((28, 28), "u1"))
+        self._device = device
+
+    def __dlpack_device__(self) -> Any:
+        if isinstance(self._device, Exception):
+            raise self._device
+        return self._device
+
+
+class Capsule(Exporter):
+    """An array whose capsule is what it is told."""
+
+    def __init__(self, capsule: Any) -> None:
+        super().__init__(np.zeros((28, 28), "u1"))
+        self._capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        if isinstance(self._capsule, Exception):
+            raise self._capsule
+        return self._capsule
+
+
 class BrainFloats(Exporter):
     """NumPy has no bfloat16."""
 
@@ -514,12 +547,33 @@ class OnDevice(Exporter):
         pytest.param(Exporter(np.zeros((28, 28, 1), "f4")), ValueError, "channels first", id="layout"),
         pytest.param(Exporter(np.zeros((28, 28), "i4")), TypeError, "got int32", id="dtype"),
         pytest.param(Exporter(np.full((1, 28, 28), 2.0)), ValueError, r"values in \[0, 1\]", id="values"),
+        pytest.param(OnlyDLPack(), TypeError, "__dlpack__ and __dlpack_device__, got .*OnlyDLPack", id="no device"),
+        pytest.param(Device(None), TypeError, r"\(device type, device id\), two ints, got None", id="device None"),
+        pytest.param(Device((1,)), TypeError, r"two ints, got \(1,\)", id="short device"),
+        pytest.param(Device(("cpu", 0)), TypeError, r"two ints, got \('cpu', 0\)", id="named device"),
+        pytest.param(Device(ValueError("lost")), TypeError, "got the error lost", id="device raises"),
+        pytest.param(Capsule(None), TypeError, "read through DLPack, got the error", id="no capsule"),
+        pytest.param(Capsule(b"bytes"), TypeError, "read through DLPack, got the error", id="bytes for a capsule"),
+        pytest.param(Capsule(KeyError("gone")), TypeError, "got the error 'gone'", id="capsule raises"),
+        pytest.param(OnDevice(pixels((28, 28))), TypeError, "memory that torch can read, got the error", id="lying"),
     ],
 )
 def test_dlpack_refused(images: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=r"^images: expected .*; .+") as caught:
         negative(images)
     caught.match(message)
+
+
+@pytest.mark.parametrize("module", ["torch", "PIL.Image", "cupy"])
+def test_a_module_that_another_thread_still_imports(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))  # so it looks while it is half imported
+    np.testing.assert_array_equal(negative(Exporter(pixels((28, 28)))), negative(pixels((28, 28))))
+    for images in (None, "text", [1]):
+        with pytest.raises(TypeError, match=r"expected .*, got .*; "):
+            negative(images)
+    if module == "torch":
+        with pytest.raises(TypeError, match="in device memory; import cupy or torch"):
+            negative(OnDevice(pixels((28, 28))))
 
 
 def test_device_memory_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,10 +588,11 @@ def test_device_memory_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
-@pytest.mark.parametrize("tensor_device", [None, "cuda"], ids=["through the host", "in place"])
+@pytest.mark.parametrize("tensor_device", [None, "cuda:0", "cuda:1"], ids=["host only", "in place", "another device"])
 def test_cuda_tensors(dtype: torch.dtype, tensor_device: str | None) -> None:
-    images = torch.from_numpy(pixels((5, 3, 32, 32), "f2")).to("cuda", dtype)
+    images = torch.from_numpy(pixels((5, 3, 32, 32), "f2")).to("cuda:0", dtype)
     batch = ImageReader(COLOUR, tensor_device).read(images)
+    assert batch.on_device is (tensor_device == "cuda:0")
     result = batch.images(invert(batch))
     assert result.device == images.device
     assert torch.equal(result, 1 - images)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy as copies
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -256,6 +259,50 @@ def test_context_manager(checkpoint: Checkpoint) -> None:
         purify(pixels((28, 28)))
 
 
+def test_warmup_leaves_nothing_to_compile(checkpoint: Checkpoint) -> None:
+    with Purifier(checkpoint, engine="openvino", max_batch=64) as purify:
+        purify.warmup()
+        engine = purify._engine
+        compiled = (dict(engine._lanes), dict(engine._single))
+        for shape in ((28, 28), (3, 28, 28, 1), (64, 28, 28, 1), (100, 28, 28, 1)):
+            images = pixels(shape)
+            purify(images)
+            purify.submit(images).result()
+        assert (engine._lanes, engine._single) == compiled
+
+
+def test_a_purifier_is_not_pickled(checkpoint: Checkpoint) -> None:
+    with Purifier(checkpoint) as purify:
+        for copy in (pickle.dumps, copies.copy, copies.deepcopy):
+            with pytest.raises(TypeError, match=r"expected a Purifier to stay .*; pass its checkpoint's path"):
+                copy(purify)
+
+
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+def test_a_callback_may_not_close(checkpoint: Checkpoint, engine: str) -> None:
+    """A refused close leaves the Purifier open."""
+    answers: SimpleQueue[str | None] = SimpleQueue()
+    image = pixels((28, 28))
+    with Purifier(checkpoint, engine=engine) as purify:
+
+        def close(_: Future[Array]) -> None:
+            if threading.current_thread() is threading.main_thread():
+                answers.put(None)  # added after its future was done, it runs where closing is allowed
+                return
+            try:
+                purify.close()
+            except RuntimeError as error:
+                answers.put(str(error))
+
+        answer = None
+        while answer is None:
+            [*_, last] = [purify.submit(image) for _ in range(8)]
+            last.add_done_callback(close)
+            answer = answers.get(timeout=60)
+        assert "called from a future's callback" in answer
+        assert purify(image).shape == image.shape
+
+
 def test_warmup_changes_nothing(checkpoint: Checkpoint) -> None:
     with Purifier(checkpoint, max_batch=4) as purify:
         images = pixels((28, 28))
@@ -354,6 +401,16 @@ def test_defend(purifier: Purifier) -> None:
     assert torch.allclose(shifted, classifier((purified - 0.3) / 0.5), atol=0.1)
     assert not torch.allclose(shifted, logits, atol=0.1)
     assert isinstance(purifier.defend(nn.Flatten())(images), torch.Tensor)  # a classifier may have no parameters
+
+
+def test_defend_refuses_what_is_no_classifier(purifier: Purifier) -> None:
+    wrong: list[Any] = [None, lambda x: x]
+    for classifier in wrong:
+        with pytest.raises(TypeError, match=r"classifier: expected a torch\.nn\.Module, got"):
+            purifier.defend(classifier)
+    number: Any = 0.5
+    with pytest.raises(TypeError, match=r"mean: expected a sequence of 1 number\(s\), one a channel, got 0\.5"):
+        purifier.defend(Classifier(), number, number)
 
 
 def test_gradients_are_not_lost_silently(purifier: Purifier) -> None:

@@ -224,15 +224,6 @@ def test_fly_pairs_attack_most_of_a_batch_and_repeat_with_the_seed(dataset: Data
         assert torch.equal(batch(step)[0], inputs)
 
 
-def test_the_late_share_of_clean_images(dataset: Dataset, classifier_d: nn.Module) -> None:
-    source = FlyPairs(dataset.train, [classifier_d], attacked=12, clean=4, seed=0, clean_late=6, late=5)
-    for step, attacked in ((4, 12), (5, 6)):
-        inputs, index = source.batch(step)
-        untouched = (inputs == to_float(dataset.train.images[index])).flatten(1).all(1)
-        assert bool(untouched[attacked:].all())
-        assert not bool(untouched[: attacked // 2].any())
-
-
 def test_predicted_labels_change_the_attack_where_the_classifier_errs(
     dataset: Dataset, classifier_d: nn.Module
 ) -> None:
@@ -315,6 +306,18 @@ def test_a_run_is_not_overwritten_and_another_recipe_is_not_resumed(
         fit(dataset, {"D": classifier_d}, recipe, tmp_path, resume=True)
 
 
+def test_a_run_can_start_from_a_purifier(dataset: Dataset, classifier_d: nn.Module, tmp_path: Path) -> None:
+    recipe = replace(TINY, steps=1, averaging=0.0, learning_rate=1e-9)
+    first = fit(dataset, {"D": classifier_d}, replace(recipe, seed=1), tmp_path / "first")
+    init = load_checkpoint(first.checkpoint)
+    second = fit(dataset, {"D": classifier_d}, recipe, tmp_path / "second", init=init)
+    before, after = weights(first.checkpoint), weights(second.checkpoint)
+    torch.testing.assert_close(after["encoder2.weight"], before["encoder2.weight"], atol=1e-4, rtol=0)
+    assert load_checkpoint(second.checkpoint).recipe["init"] == {"digest": init.digest, **init.recipe}
+    with pytest.raises(ValueError, match="init: expected a purifier of the shape"):
+        fit(dataset, {"D": classifier_d}, replace(recipe, latent_dim=16), tmp_path / "third", init=init)
+
+
 def test_evaluate_on_a_purifier_that_changes_nothing_is_exact(
     dataset: Dataset, classifier_d: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +347,7 @@ def test_learning_rate_stays_within_its_peak(name: str) -> None:
     "change",
     [
         {"pairs": "both"}, {"classifiers": ()}, {"steps": 0}, {"epochs": 3}, {"attacked": 0}, {"kl_weight": -1.0},
-        {"learning_rate": 0.0}, {"averaging": 1.0}, {"clean_late": 12}, {"kl_weight": math.nan}, {"steps": 1.5},
+        {"learning_rate": 0.0}, {"averaging": 1.0}, {"kl_weight": math.nan}, {"steps": 1.5},
         {"latent_dim": 0}, {"agreement_weight": math.inf},
     ],
     ids=str,

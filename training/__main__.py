@@ -60,13 +60,14 @@ device_option = click.option("--device", default="auto", help="cpu, cuda, cuda:N
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run. [default: runs/DATASET-PRESET]"
 )
+@click.option("--init", help="Start from this purifier, a shipped name or a file, instead of random weights.")
 @click.option("--resume", is_flag=True, help="Go on from the folder's last state.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run's folder.")
 @device_option
 def fit(
     dataset: str, preset: str, data: Path | None, own: str | None, names: str | None, classifier_epochs: int,
     steps: int | None, kl_weight: float | None, latent_dim: int | None, seed: int | None, out: Path | None,
-    resume: bool, tensorboard: bool, device: str,
+    init: str | None, resume: bool, tensorboard: bool, device: str,
 ) -> None:  # fmt: skip
     """Train a purifier for DATASET: fashion_mnist, mnist, or a folder of images, one sub-folder a class.
 
@@ -78,7 +79,8 @@ def fit(
     Presets, on two cores:
       quick   the paper's attacks on 6,000 images, one classifier: tens of minutes
       paper   the same on all images, five epochs with batches of 16: a day; meant for a GPU
-      pooled  fresh attacks on seven classifiers, as shipped: one to two hours
+      pooled  fresh attacks on seven classifiers, the shipped recipe: one to two hours
+      polish  its second part, after --init: ten minutes
 
     \b
     Examples:
@@ -97,13 +99,14 @@ def fit(
     )  # fmt: skip
     if not own:
         pool.check_names(chosen.classifiers)
+    start = load_checkpoint(init) if init else None
     images = load_dataset(dataset, data)
     out = out or RUNS / f"{images.name}-{preset}"
     attacked = {
         name: pool.own(name, images, where) if own else pool.for_run(name, images, out, classifier_epochs, where)
         for name in chosen.classifiers
     }
-    result = run(images, attacked, chosen, out, device=where, resume=resume, tensorboard=tensorboard)
+    result = run(images, attacked, chosen, out, device=where, init=start, resume=resume, tensorboard=tensorboard)
     click.echo(f"{result.checkpoint} (step {result.step} of {result.steps})")
     if not result.finished:
         click.echo("stopped early; the checkpoint is usable as it is, and --resume goes on", err=True)

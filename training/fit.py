@@ -59,6 +59,7 @@ def fit(
     out: Path,
     *,
     device: torch.device | str = "cpu",
+    init: Checkpoint | None = None,
     resume: bool = False,
     tensorboard: bool = False,
 ) -> FitResult:
@@ -73,17 +74,18 @@ def fit(
         recipe: everything that decides the weights.
         out: folder of the run.
         device: where to train.
+        init: start from this purifier's weights instead of random ones; the header keeps its recipe.
         resume: go on from ``out``'s state.
         tensorboard: write TensorBoard events into ``out`` too.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` was not asked for.
         FileNotFoundError: ``resume`` was asked for and ``out`` holds no run.
-        ValueError: the state to resume belongs to another recipe or other data.
+        ValueError: the state to resume belongs to another recipe or other data, or ``init`` is of another shape.
     """
     device = torch.device(device)
     state_path = out / STATE_FILE
-    about = {**recipe.to_dict(), "dataset": data.name, "data_digest": data.digest}
+    about = {**recipe.to_dict(), "dataset": data.name, "data_digest": data.digest, "init": init and init.digest}
     # Whatever can be wrong with the folder is found before the pairs are made, which may take hours.
     out.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -92,7 +94,10 @@ def fit(
         raise FileExistsError(f"{out}: holds a run already; go on with --resume, or choose another --out")
     torch.manual_seed(recipe.seed)
     _, channels, size, _ = data.train.images.shape
-    model = place(DefenseVAE(VAEConfig(size, channels, recipe.latent_dim)), device)
+    config = VAEConfig(size, channels, recipe.latent_dim)
+    if init is not None and init.config != config:
+        raise ValueError(f"init: expected a purifier of the shape {config}, got {init.config}")
+    model = place(DefenseVAE(config) if init is None else DefenseVAE.from_checkpoint(init), device)
     averaged = AveragedModel(model, multi_avg_fn=_average(recipe.averaging), use_buffers=True)
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, fused=True)
     train = data.train.to(device)
@@ -122,7 +127,9 @@ def fit(
                     state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, run=about, device=device
                 )
                 accuracies = {"validation": monitor.latest} if step == steps else {}
-                made = {"attacks": list(source.attacks), "steps_made": step, "steps_planned": steps}
+                made: dict[str, Any] = {"attacks": list(source.attacks), "steps_made": step, "steps_planned": steps}
+                if init is not None:
+                    made["init"] = {"digest": init.digest, **init.recipe}
                 save_checkpoint(out / CHECKPOINT_FILE, _bundle(shipped, data, {**recipe.to_dict(), **made}, accuracies))
                 saved = time.monotonic()
             if stopping.is_set():
@@ -231,10 +238,8 @@ def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def _pair_source(train: Split, classifiers: Mapping[str, nn.Module], recipe: Recipe) -> PairSource:
     if recipe.pairs == "fly":
-        steps = recipe.steps or recipe.epochs * (len(train) // (recipe.attacked + recipe.clean))
         return FlyPairs(
-            train, list(classifiers.values()), attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed,
-            clean_late=recipe.clean_late, late=steps // 2,
+            train, list(classifiers.values()), attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed
         )  # fmt: skip
     return TablePairs(
         train, classifiers, batch_size=recipe.attacked, seed=recipe.seed, images=recipe.images or None,

@@ -129,8 +129,6 @@ class FlyPairs:
         classifiers: attacked in this order.
         attacked: attacked images a batch, at least 2.
         clean: clean images a batch, beside them.
-        clean_late: attacked images that stay clean from step ``late`` on, below ``attacked``.
-        late: that step.
         seed: seeds the order.
         epsilon: lowest and highest epsilon.
     """
@@ -143,8 +141,6 @@ class FlyPairs:
         attacked: int,
         clean: int,
         seed: int,
-        clean_late: int = 0,
-        late: int = 0,
         epsilon: tuple[float, float] = (0.02, 0.4),
     ) -> None:
         low, high = epsilon
@@ -158,25 +154,23 @@ class FlyPairs:
         self._split = split
         self._classifiers = tuple(classifiers)
         self._attacked, self._size = attacked, attacked + clean
-        self._late, self._clean_late = late, clean_late
         self._epsilon = epsilon
         self._order = Order(len(split), seed)
         self.steps_per_epoch = max(1, len(split) // (attacked + clean))
 
     def batch(self, step: int) -> Pairs:
         """Batch number ``step``: single-step attacks, iterated attacks, clean images."""
-        attacked_count = self._attacked - (self._clean_late if step >= self._late else 0)
         index = self._order.take(step * self._size, self._size).to(self._split.images.device)
         images = to_float(self._split.images[index])
         round_, turn = divmod(step, len(self._classifiers))
         classifier = self._classifiers[turn]
-        clean = images[:attacked_count]
+        clean = images[: self._attacked]
         low, high = self._epsilon
-        epsilon = low + (high - low) * torch.rand(attacked_count, device=clean.device)
+        epsilon = low + (high - low) * torch.rand(self._attacked, device=clean.device)
         with torch.autocast(clean.device.type, torch.bfloat16):
-            guessed = torch.rand(attacked_count, device=clean.device) < PREDICTED_SHARE
-            labels = torch.where(guessed, predict(classifier, clean), self._split.labels[index[:attacked_count]])
-            half = attacked_count // 2
+            guessed = torch.rand(self._attacked, device=clean.device) < PREDICTED_SHARE
+            labels = torch.where(guessed, predict(classifier, clean), self._split.labels[index[: self._attacked]])
+            half = self._attacked // 2
             attacked = [_single_step(classifier, clean[:half], labels[:half], epsilon[:half])]
             iterated: Attack
             if round_ % 2 == 0:
@@ -186,7 +180,7 @@ class FlyPairs:
                 rate = slowest + (fastest - slowest) * float(torch.rand(()))
                 iterated = CarliniWagnerL2(rate, iterations=CW_ITERATIONS, abort_early=False)
             attacked.append(iterated(classifier, clean[half:], labels[half:]))
-        return Pairs(torch.cat([to_float(to_uint8(torch.cat(attacked))), images[attacked_count:]]), index)
+        return Pairs(torch.cat([to_float(to_uint8(torch.cat(attacked))), images[self._attacked :]]), index)
 
 
 def _single_step(classifier: nn.Module, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:

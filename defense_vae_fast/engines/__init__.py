@@ -28,13 +28,16 @@ class Selection:
     skipped: Mapping[str, str]
 
 
-def select(name: str = "auto", device: str = "auto", precision: str = "auto") -> Selection:
+def select(
+    name: str = "auto", device: str = "auto", precision: str = "auto", failed: Mapping[str, str] = MappingProxyType({})
+) -> Selection:
     """Choose an engine.
 
     Args:
         name: an engine's name, or "auto" for the first of ``ENGINES`` that can do what is asked on this machine.
         device: a device that it must run on, or "auto".
         precision: a precision that it must offer, or "auto".
+        failed: engines that were tried and did not load, with the reason; they are passed over.
 
     Raises:
         ValueError: there is no such engine, or no engine (or not the named one) lists that device or precision.
@@ -48,7 +51,7 @@ def select(name: str = "auto", device: str = "auto", precision: str = "auto") ->
     for engine in candidates:
         reason = _unsupported(engine, device, precision)
         unable += reason is not None
-        reason = reason or engine.available(device)
+        reason = reason or failed.get(engine.name) or engine.available(device)
         if reason is None:
             _report(engine, skipped)
             return Selection(engine, MappingProxyType(skipped))

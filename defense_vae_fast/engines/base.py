@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -68,6 +69,7 @@ class Engine(ABC):
         self.max_batch = max_batch
         self._closed = False
         self._calls = 0
+        self._process = os.getpid()
         self._idle = Condition()
 
     @classmethod
@@ -123,7 +125,12 @@ class Engine(ABC):
         """
 
     def close(self) -> None:
-        """Wait for what was called or submitted, then free everything. Calling it again does nothing."""
+        """Wait for what was called or submitted, then free everything. Calling it again does nothing.
+
+        In a fork of the process that loaded the engine there is nothing to wait for or to free.
+        """
+        if os.getpid() != self._process:
+            return
         with self._idle:
             if self._closed:
                 return
@@ -134,6 +141,20 @@ class Engine(ABC):
     @abstractmethod
     def _release(self) -> None:
         """Finish submitted work and free what the engine holds; no call is in flight any more."""
+
+    def warmup(self) -> None:
+        """Make ready whatever a later call could need, so that none pays for a first use.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._run_zeros(1, self.max_batch)
+
+    def _run_zeros(self, *counts: int) -> None:
+        """Run black images of both kinds, in batches of these sizes."""
+        for dtype, kind in _KINDS.items():
+            for count in counts:
+                self.run(np.zeros((count, *self._shapes[kind]), dtype))
 
     def info(self) -> dict[str, Any]:
         """What is running: engine, device, precision, max_batch; an engine adds its own, and ``versions``."""
@@ -155,6 +176,12 @@ class Engine(ABC):
             self._leave()
 
     def _enter(self) -> None:
+        if os.getpid() != self._process:
+            # Its threads stayed behind in the parent: waiting for them would never end.
+            raise RuntimeError(
+                f"expected use in the process that made it (pid {self._process}), got its fork (pid {os.getpid()}); "
+                "create the Purifier after the fork, or start processes with the spawn method"
+            )
         with self._idle:
             if self._closed:
                 raise RuntimeError(f"the {self.name} engine is closed; load another one")

@@ -86,6 +86,8 @@ class OpenVINOEngine(Engine):
             _core().get_property("CPU", "FULL_DEVICE_NAME")
         except ImportError as error:
             return f"the package openvino does not import ({error}); install it with: pip install defense-vae-fast"
+        except EngineUnavailable as error:
+            return str(error)
         except RuntimeError as error:
             return f"OpenVINO has no working CPU plugin ({error}); reinstall it: pip install --force-reinstall openvino"
         return None
@@ -175,6 +177,10 @@ class OpenVINOEngine(Engine):
         if self._completer.is_current():
             raise RuntimeError("close() was called from a future's callback, which it would wait for; call it outside")
         super().close()
+
+    def warmup(self) -> None:
+        """See :meth:`Engine.warmup`; a single image, pieces for every stream and a remainder use every lane."""
+        self._run_zeros(1, self._piece * self.streams + 1)
 
     def info(self) -> dict[str, Any]:
         """See :meth:`Engine.info`; adds streams, requests, why this precision, CPU and OpenVINO version."""
@@ -415,12 +421,26 @@ def _complete(flying: SimpleQueue[_Piece | None]) -> None:
         del piece, job, request  # a finished batch is not kept until the next one comes
 
 
-@functools.cache
 def _core() -> openvino.Core:
-    """OpenVINO with its plugins; loading the CPU plugin takes some 70 ms, so it is done once."""
+    """OpenVINO with its plugins; loading the CPU plugin takes some 70 ms, so it is done once.
+
+    Raises:
+        EngineUnavailable: this process was forked from one that had loaded it; its threads stayed behind.
+    """
+    process, core = _loaded_core()
+    if process != os.getpid():
+        raise EngineUnavailable(
+            f"OpenVINO was loaded before the fork (pid {process}) and does not work after it (pid {os.getpid()}); "
+            "create the first Purifier after the fork, or start processes with the spawn method"
+        )
+    return core
+
+
+@functools.cache
+def _loaded_core() -> tuple[int, openvino.Core]:
     import openvino
 
-    return openvino.Core()
+    return os.getpid(), openvino.Core()
 
 
 def _cores() -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,14 +47,19 @@ class TorchEngine(Engine):
     differentiable = False
     extra = "torch"
 
+    tensor_device: str
+    """The whole name of the device whose tensors :meth:`run_tensor` takes: "cpu", "cuda:0"."""
+
     def __init__(self, checkpoint: Checkpoint, precision: str, device: torch.device, max_batch: int) -> None:
         super().__init__(checkpoint, precision, device.type, max_batch)
         self._device = device
+        self.tensor_device = str(device)
         self._network = _Network(checkpoint, precision, device)
         # One batch at a time has all cores, or the device; more at once would only share them.
         self._turn = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._room = threading.BoundedSemaphore(_QUEUE)
+        self._on_worker = threading.local()
 
     @classmethod
     def available(cls, device: str = "auto") -> str | None:
@@ -62,11 +68,15 @@ class TorchEngine(Engine):
             return f"it runs on {', '.join(cls.devices)}, not on {device}"
         if importlib.util.find_spec("torch") is None:
             return f"the package torch is not installed; install it with: pip install 'defense-vae-fast[{cls.extra}]'"
-        if device == "cuda":
+        try:
             import torch
-
-            if not torch.cuda.is_available():
-                return f"torch {torch.__version__} sees no CUDA device; it takes a CUDA build and an NVIDIA driver"
+        except (ImportError, OSError) as error:  # installed, but broken
+            return (
+                f"the package torch does not import ({error}); "
+                f"install it again: pip install --force-reinstall 'defense-vae-fast[{cls.extra}]'"
+            )
+        if device == "cuda" and not torch.cuda.is_available():
+            return f"torch {torch.__version__} sees no CUDA device; it takes a CUDA build and an NVIDIA driver"
         return None
 
     @classmethod
@@ -78,7 +88,10 @@ class TorchEngine(Engine):
         max_batch: int = DEFAULT_MAX_BATCH,
         streams: int | None = None,
     ) -> Self:
-        """See :meth:`Engine.load`. One batch is worked on at a time: ``streams`` is None or 1."""
+        """See :meth:`Engine.load`. One batch is worked on at a time: ``streams`` is None or 1.
+
+        "cuda" is torch's current CUDA device at this moment, whichever is current later.
+        """
         check_choice("device", device, cls.devices, cls.name)
         check_choice("precision", precision, cls.precisions, cls.name)
         check_count("max_batch", max_batch)
@@ -96,7 +109,8 @@ class TorchEngine(Engine):
             raise ValueError(
                 "precision: expected 'auto', 'fp32' or 'bf16' on the CPU, got 'fp16'; it would be emulated"
             )
-        return cls(checkpoint, precision, torch.device(device), max_batch)
+        place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+        return cls(checkpoint, precision, place, max_batch)
 
     def run(self, batch: Images, out: Images | None = None) -> Result:
         """See :meth:`Engine.run`."""
@@ -122,11 +136,11 @@ class TorchEngine(Engine):
 
         kind = {torch.float32: "float", torch.uint8: "uint8"}.get(images.dtype)
         shape = self._shapes["uint8" if kind == "uint8" else "float"]
-        if kind is None or tuple(images.shape[1:]) != shape or len(images) == 0 or images.device.type != self.device:
+        if kind is None or tuple(images.shape[1:]) != shape or len(images) == 0 or images.device != self._device:
             raise ValueError(
                 f"images: expected uint8 (N, {', '.join(map(str, self._shapes['uint8']))}) or float32 "
-                f"(N, {', '.join(map(str, self._shapes['float']))}) on {self.device} with N at least 1, "
-                f"got {images.dtype} {tuple(images.shape)} on {images.device.type}"
+                f"(N, {', '.join(map(str, self._shapes['float']))}) on {self._device} with N at least 1, "
+                f"got {images.dtype} {tuple(images.shape)} on {images.device}; convert or move it"
             )
         with self._calling(), self._turn, torch.no_grad():
             return self._purify(images)
@@ -136,15 +150,29 @@ class TorchEngine(Engine):
         with self._calling():
             self._kind(batch)
             copy = batch.copy()
-            self._room.acquire()
+            # A future's callback runs on the worker's own thread, which alone makes room: there it may not wait.
+            waits = not self._is_worker()
+            if waits:
+                self._room.acquire()
             try:
                 with self._idle:
                     if self._worker is None:
                         self._worker = ThreadPoolExecutor(1, "defense_vae_fast-torch")
-                return self._worker.submit(self._run_submitted, copy)
+                return self._worker.submit(self._run_submitted, copy, waits)
             except BaseException:
-                self._room.release()
+                if waits:
+                    self._room.release()
                 raise
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`.
+
+        Raises:
+            RuntimeError: called from a future's callback, which would wait for itself.
+        """
+        if self._is_worker():
+            raise RuntimeError("close() was called from a future's callback, which it would wait for; call it outside")
+        super().close()
 
     def info(self) -> dict[str, Any]:
         """See :meth:`Engine.info`; adds the device's name and torch's version."""
@@ -154,13 +182,20 @@ class TorchEngine(Engine):
         return {
             **super().info(),
             "streams": 1,
-            "device_name": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
+            "device_name": torch.cuda.get_device_name(self._device)
+            if on_gpu
+            else torch.backends.cpu.get_cpu_capability(),
             "versions": {"torch": str(torch.__version__)},
         }
 
-    def _run_submitted(self, batch: Images) -> Result:
-        self._room.release()  # it waits no more
+    def _run_submitted(self, batch: Images, had_room: bool) -> Result:
+        self._on_worker.here = True
+        if had_room:
+            self._room.release()  # it waits no more
         return self._run(batch, None)
+
+    def _is_worker(self) -> bool:
+        return getattr(self._on_worker, "here", False)
 
     def _run(self, batch: Images, out: Images | None) -> Result:
         import torch
@@ -180,7 +215,9 @@ class TorchEngine(Engine):
         import torch
 
         starts = range(0, len(images), self.max_batch)
-        parts = [_purify(self._network, images[start : start + self.max_batch]) for start in starts]
+        exact = self.device == "cuda" and self.precision == "fp32"
+        with _without_tf32 if exact else nullcontext():
+            parts = [_purify(self._network, images[start : start + self.max_batch]) for start in starts]
         if len(parts) == 1:
             return parts[0]
         clean, scores = zip(*parts, strict=True)
@@ -190,6 +227,46 @@ class TorchEngine(Engine):
         if self._worker is not None:
             self._worker.shutdown(wait=True)
         del self._network
+
+
+class _WithoutTF32:
+    """Convolutions and matrix products on CUDA in whole float32; torch's convolutions round to TF32 otherwise.
+
+    torch's settings are the process's own, so they are changed while any engine is inside and put back by the last that
+    leaves. Other threads meanwhile calculate more exactly than they asked for, never less. A kernel is chosen when it
+    is launched, so nothing need be waited for.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: tuple[str, str] = ("none", "none")
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                convolution, product = _fp32_settings()
+                self._before = convolution.fp32_precision, product.fp32_precision
+                convolution.fp32_precision = product.fp32_precision = "ieee"
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                convolution, product = _fp32_settings()
+                convolution.fp32_precision, product.fp32_precision = self._before
+
+
+def _fp32_settings() -> tuple[Any, Any]:
+    """torch's settings of convolutions and of matrix products on CUDA; its stubs lack the first."""
+    import torch
+
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv, torch.backends.cuda.matmul
+
+
+_without_tf32 = _WithoutTF32()
 
 
 class _Network:

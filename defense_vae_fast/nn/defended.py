@@ -25,6 +25,7 @@ class PurifiedClassifier(nn.Module):
         std: per-channel standard deviation, C positive numbers; given with ``mean`` or not at all.
 
     Raises:
+        TypeError: ``classifier`` is no module, or ``mean`` or ``std`` no sequence of numbers.
         ValueError: ``mean`` and ``std`` are not both given, not C finite numbers, or ``std`` is not positive.
     """
 
@@ -39,13 +40,16 @@ class PurifiedClassifier(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        _check_module(classifier)
         if (mean is None) != (std is None):
             raise ValueError("mean and std: expected both or neither, got one of them")
         self.vae = vae.eval().requires_grad_(False)
         self.classifier = classifier
         channels = vae.config.channels
-        self.register_buffer("mean", _per_channel("mean", mean, channels), persistent=False)
-        self.register_buffer("std", _per_channel("std", std, channels, positive=True), persistent=False)
+        device = device_of(vae)
+        for name, values in (("mean", mean), ("std", std)):
+            numbers = None if values is None else _per_channel(name, values, channels).to(device)
+            self.register_buffer(name, numbers, persistent=False)
         # The module's own flag follows the classifier: freshly wrapped, nothing changes mode.
         self.training = classifier.training
 
@@ -72,11 +76,40 @@ class PurifiedClassifier(nn.Module):
         return logits
 
 
-def _per_channel(name: str, values: Sequence[float] | None, channels: int, positive: bool = False) -> Tensor | None:
-    if values is None:
-        return None
-    numbers = [float(value) for value in values]
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter lies; the CPU for one without parameters.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    _check_module(module)
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _check_module(classifier: object) -> None:
+    if not isinstance(classifier, nn.Module):
+        raise TypeError(
+            f"classifier: expected a torch.nn.Module, got {_described(classifier)}; "
+            "wrap a function in a module whose forward calls it"
+        )
+
+
+def _per_channel(name: str, values: Sequence[float], channels: int) -> Tensor:
+    """(1, C, 1, 1) float32 numbers, finite, and positive for ``std``."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected a sequence of {channels} number(s), one a channel, got {_described(values)}; "
+            "pass a list of numbers, for one channel too"
+        ) from error
+    positive = name == "std"
     if len(numbers) != channels or not all(math.isfinite(value) and (value > 0 or not positive) for value in numbers):
         kind = "positive " if positive else ""
         raise ValueError(f"{name}: expected {channels} {kind}finite numbers, one a channel, got {numbers}")
     return torch.tensor(numbers).view(1, channels, 1, 1)
+
+
+def _described(value: object) -> str:
+    return f"{value!r} of the type {type(value).__name__}"
