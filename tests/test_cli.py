@@ -657,13 +657,15 @@ def test_demo_says_which_packaged_file_is_missing(tmp_path, stand_in, suffix, pa
 
 def test_demo_of_the_installed_package_needs_no_torch_and_ten_seconds(tmp_path):
     package_folder = str(Path(defense_vae_fast.__file__).parents[1])
-    began = time.monotonic()
+    began = os.times()
     done = subprocess.run(
         [sys.executable, "-c", BLOCK_TORCH, "demo"], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60,
         check=False, env={**os.environ, "PYTHONPATH": package_folder, "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 10
+    ended = os.times()
+    # Of CPU time, which other programs on the machine do not lengthen; on an idle one the wall time is shorter.
+    assert ended.children_user + ended.children_system - began.children_user - began.children_system < 10
     assert (tmp_path / "purified.png").is_file()
     samples = demo.load_samples()
     assert len(samples.labels) >= 500
