@@ -141,7 +141,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Print the paper's Table 1 for DATASET with our purifier: oblivious attacks on the bare classifiers.
 
-    DATASET and --data are as in 'fit'. All 10,000 test images take a quarter of an hour on two cores.
+    DATASET and --data are as in 'fit'. All 10,000 test images take an hour on two cores, nearly
+    all of it for CW.
 
     \b
     Examples:
