@@ -76,7 +76,7 @@ def fit(
     --resume.
 
     \b
-    Presets, on two cores:
+    Presets, on two cores (quick and paper are estimates):
       quick   the paper's attacks on 6,000 images, one classifier: tens of minutes
       paper   the same on all images, five epochs with batches of 16: a day; meant for a GPU
       pooled  fresh attacks on seven classifiers, the shipped recipe: one to two hours
@@ -141,8 +141,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Print the paper's Table 1 for DATASET with our purifier: oblivious attacks on the bare classifiers.
 
-    DATASET and --data are as in 'fit'. All 10,000 test images take an hour on two cores, nearly
-    all of it for CW.
+    DATASET and --data are as in 'fit'. All 10,000 test images take long on a CPU, nearly all
+    of it for CW; --images makes it shorter.
 
     \b
     Examples:
