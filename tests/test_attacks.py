@@ -17,6 +17,7 @@ from training.attacks import (
     PGD,
     Attack,
     CarliniWagnerL2,
+    DeepFool,
     RandFGSM,
     predict,
 )
@@ -58,6 +59,7 @@ FOOLBOX_CASES: list[tuple[str, Attack, Callable[[], foolbox.attacks.base.Attack]
         lambda: foolbox.attacks.L2CarliniWagnerAttack(1, 100, stepsize=0.05, confidence=0, initial_const=100),
         None,
     ),
+    ("deepfool", DeepFool(), lambda: foolbox.attacks.L2DeepFoolAttack(candidates=None), None),
 ]
 
 
@@ -136,6 +138,38 @@ def test_cw_at_the_papers_rates_is_settled_after_a_few_iterations(
     full = CarliniWagnerL2(8.0, iterations=100, abort_early=False)(classifier_d, pixels, labels)
     same = (short - full).abs().amax((1, 2, 3)) < 1 / 255
     assert float(same.float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("learning_rate", [0.5, 6.0, 10.0])
+def test_cw_leaving_settled_images_out_changes_nothing(
+    learning_rate: float, classifier_d: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    """As many iterations without leaving anything out as were made with it."""
+    pixels, labels = images[0][:50], images[1][:50]
+    calls: list[int] = []
+
+    def counting(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        result: Tensor = classifier_d(x)
+        return result
+
+    lean = CarliniWagnerL2(learning_rate, iterations=100)(counting, pixels, labels)
+    whole = CarliniWagnerL2(learning_rate, iterations=len(calls), abort_early=False)(classifier_d, pixels, labels)
+    torch.testing.assert_close(lean, whole, atol=1e-5, rtol=0)
+    if learning_rate >= 6:
+        assert sum(calls) < 50 * 12
+
+
+def test_deepfool_fools_with_the_smallest_perturbation(classifier_d: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    pixels, labels = images[0][:50], images[1][:50]
+    attacked = DeepFool()(classifier_d, pixels, labels)
+    assert success(classifier_d, attacked, labels) == 100
+    wrong = predict(classifier_d, pixels) != labels
+    assert torch.equal(attacked[wrong], pixels[wrong])
+    cw = CarliniWagnerL2(10.0)(classifier_d, pixels, labels)
+    right = ~wrong
+    ours, theirs = ((x - pixels)[right].flatten(1).norm(dim=1).median() for x in (attacked, cw))
+    assert float(ours) < 0.5 * float(theirs)
 
 
 @pytest.mark.parametrize("attack", PAPER_TEST_ATTACKS.values(), ids=PAPER_TEST_ATTACKS.keys())

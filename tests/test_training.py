@@ -279,6 +279,29 @@ def test_training_lowers_the_loss_and_writes_what_it_promises(
     assert header.versions["torch"] == torch.__version__
 
 
+def test_a_classifier_named_twice_has_more_turns_and_judges_its_own_images(
+    dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
+) -> None:
+    judged: list[str] = []
+
+    class Named(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: Tensor) -> Tensor:
+            # A judge sees what comes out of the purifier; attacks work on images of their own, fewer of them.
+            if x.grad_fn is not None and len(x) == recipe.attacked:
+                judged.append(self.name)
+            result: Tensor = classifier_d(x)
+            return result
+
+    recipe = replace(TINY, classifiers=("x", "y", "x"), agreement_weight=0.0, own_agreement_weight=1.0)
+    result = fit(dataset, {name: Named(name) for name in ("x", "y")}, recipe, tmp_path)
+    assert judged == ["x", "y", "x", "x", "y", "x"]
+    assert load_checkpoint(result.checkpoint).recipe["classifiers"] == ["x", "y", "x"]
+
+
 def test_a_run_is_not_overwritten_and_another_recipe_is_not_resumed(
     dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
 ) -> None:
@@ -348,7 +371,7 @@ def test_learning_rate_stays_within_its_peak(name: str) -> None:
     [
         {"pairs": "both"}, {"classifiers": ()}, {"steps": 0}, {"epochs": 3}, {"attacked": 0}, {"kl_weight": -1.0},
         {"learning_rate": 0.0}, {"averaging": 1.0}, {"kl_weight": math.nan}, {"steps": 1.5},
-        {"latent_dim": 0}, {"agreement_weight": math.inf},
+        {"latent_dim": 0}, {"agreement_weight": math.inf}, {"pairs": "table", "own_agreement_weight": 1.0},
     ],
     ids=str,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attacks on a classifier, batched in torch: FGSM, RAND-FGSM, PGD and CW-L2.
+"""Attacks on a classifier, batched in torch: FGSM, RAND-FGSM, PGD, CW-L2 and DeepFool.
 
 Every attack is a frozen dataclass called as ``attack(classifier, images, labels)``; images are float (N, C, H, W) in
 [0, 1], the classifier returns logits, and the result has the images' shape and stays in [0, 1]. ``labels`` is what the
@@ -151,7 +151,7 @@ class CarliniWagnerL2:
         constant: weight of the misclassification term against the squared L2 norm.
         confidence: margin between the logits that counts as success.
         abort_early: stop when the batch's loss fell by less than 0.01 % over a tenth of the iterations, as CleverHans
-            and Foolbox do by default.
+            and Foolbox do by default; and take images out of the batch that no further iteration can change.
     """
 
     learning_rate: float = 10.0
@@ -172,6 +172,8 @@ class CarliniWagnerL2:
         first, second = torch.zeros_like(images), torch.zeros_like(images)
         best = images.clone()
         best_distance = torch.full((len(images),), torch.inf, device=images.device)
+        losses = torch.zeros(len(images), device=images.device)
+        moving = torch.arange(len(images), device=images.device)
         previous = float("inf")
         patience = max(1, self.iterations // 10)
         for iteration in range(1, self.iterations + 1):
@@ -183,20 +185,81 @@ class CarliniWagnerL2:
                 distance = (attacked - reference).square().flatten(1).sum(1)
                 loss = self.constant * margin.clamp_min(0) + distance
                 gradient = torch.autograd.grad(loss.sum(), offset)[0]
-            better = (margin.detach() < 0) & (distance.detach() < best_distance)
-            best = torch.where(better.view(-1, 1, 1, 1), attacked.detach(), best)
-            best_distance = torch.where(better, distance.detach(), best_distance)
+            better = (margin.detach() < 0) & (distance.detach() < best_distance[moving])
+            best[moving] = torch.where(better.view(-1, 1, 1, 1), attacked.detach(), best[moving])
+            best_distance[moving] = torch.where(better, distance.detach(), best_distance[moving])
+            losses[moving] = loss.detach()
             if self.abort_early and iteration % patience == 0:
-                total = float(loss.detach().sum())
+                total = float(losses.sum())
                 if total > 0.9999 * previous:
                     break
                 previous = total
             # Adam written out: its moments are per pixel, so that without abort_early no image depends on its batch.
             first = 0.9 * first + 0.1 * gradient
             second = 0.999 * second + 0.001 * gradient.square()
+            offset = offset.detach()
+            if self.abort_early:
+                # At exactly 0 or 1 tanh has no gradient left, and a pixel whose momentum points outwards stays there.
+                outwards = ((attacked == 0) | (attacked == 1)) & (first * (origin + offset) < 0)
+                stays = (gradient == 0) & ((first == 0) | outwards)
+                going = ~stays.flatten(1).all(1)
+                if not going.all():
+                    moving, labels = moving[going], labels[going]
+                    origin, reference, offset = origin[going], reference[going], offset[going]
+                    first, second = first[going], second[going]
+                    if not len(moving):
+                        break
             step = (first / (1 - 0.9**iteration)) / ((second / (1 - 0.999**iteration)).sqrt() + 1e-8)
-            offset = offset.detach() - self.learning_rate * step
+            offset = offset - self.learning_rate * step
         return best
+
+
+@dataclass(frozen=True)
+class DeepFool:
+    """DeepFool (Moosavi-Dezfooli et al. 2016), L2: steps to the nearest face of the linearised decision region.
+
+    It has no bound: an image's perturbation grows until the classifier is fooled, and an image that is misclassified
+    already stays as it is.
+
+    Args:
+        iterations: linearisations at most.
+        overshoot: share by which the perturbation is made longer than the linear model asks for.
+    """
+
+    iterations: int = 50
+    overshoot: float = 0.02
+
+    def __call__(
+        self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        _check(images, labels)
+        attacked = images.detach().clone()
+        total = torch.zeros_like(attacked)
+        holding = torch.arange(len(images), device=images.device)
+        for _ in range(self.iterations):
+            with torch.enable_grad():
+                leaf = attacked[holding].requires_grad_()
+                logits = classifier(leaf).float()
+                holds = logits.argmax(1) == labels[holding]
+                if not holds.any():
+                    break
+                gradients = torch.stack(
+                    [torch.autograd.grad(column.sum(), leaf, retain_graph=True)[0] for column in logits.unbind(1)], 1
+                )
+            holding = holding[holds]
+            logits, gradients = logits.detach()[holds], gradients[holds].flatten(2).float()
+            own = labels[holding].unsqueeze(1)
+            # Per class: how far its face lies below the label's logit, and the normal of that face.
+            heights = (logits - logits.gather(1, own)).abs()
+            normals = gradients - gradients.gather(1, own.unsqueeze(2).expand(-1, -1, gradients.shape[2]))
+            lengths = normals.norm(dim=2).clamp_min(1e-8)
+            nearest = (heights / lengths).scatter(1, own, torch.inf).argmin(1, keepdim=True)
+            height, length = heights.gather(1, nearest), lengths.gather(1, nearest)
+            normal = normals.gather(1, nearest.unsqueeze(2).expand(-1, -1, normals.shape[2])).squeeze(1)
+            # The constant steps off the face itself, as in the authors' code.
+            total[holding] += ((height + 1e-4) / length.square() * normal).view_as(total[holding]).to(total)
+            attacked[holding] = (images[holding] + (1 + self.overshoot) * total[holding]).clamp(0, 1)
+        return attacked
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:

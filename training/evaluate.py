@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from defense_vae_fast.nn.model import DefenseVAE
-from training.attacks import FGSM, PGD, Attack, CarliniWagnerL2, predict
+from training.attacks import FGSM, PGD, Attack, CarliniWagnerL2, DeepFool, predict
 from training.data import Split, to_float, to_uint8
 from training.pairs import attack_all
 
@@ -28,6 +28,7 @@ TRANSFER_ATTACKS: dict[str, Attack] = {
     "pgd_0.3": PGD(0.3, steps=20),
     "cw": CarliniWagnerL2(10.0),
     "cw_small": CarliniWagnerL2(0.01),
+    "deepfool": DeepFool(),
 }
 
 

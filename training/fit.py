@@ -151,10 +151,10 @@ class _Run:
     steps: int
 
     def __post_init__(self) -> None:
-        self.pool = list(self.classifiers.values())
+        self.pool = list(self.classifiers)
         # The classifiers' word on every clean image is read once, not at every step.
-        wanted = self.pool if self.recipe.agreement_weight else []
-        self.clean_logits = [_logits(classifier, self.train) for classifier in wanted]
+        wanted = self.classifiers if self.recipe.agreement_weight or self.recipe.own_agreement_weight else {}
+        self.clean_logits = {name: _logits(classifier, self.train) for name, classifier in wanted.items()}
         self.model.train()
 
     def step(self, step: int) -> Tensor:
@@ -167,11 +167,12 @@ class _Run:
         if self.recipe.agreement_weight:
             # Half the pool away from the classifier that this batch was attacked against, shifting by one each round.
             count = len(self.pool)
-            judge = (step + count // 2 + step // count) % count
-            with torch.autocast(clean.device.type, torch.bfloat16):
-                logits = self.pool[judge](torch.sigmoid(output.logits.float()))
-            loss = loss + self.recipe.agreement_weight * agreement_loss(
-                logits, self.clean_logits[judge][pairs.clean_index]
+            judge = self.pool[(step + count // 2 + step // count) % count]
+            loss = loss + self.recipe.agreement_weight * self.agreement(judge, output.logits, pairs.clean_index)
+        if self.recipe.own_agreement_weight:
+            own, count = self.recipe.classifiers[step % len(self.recipe.classifiers)], self.recipe.attacked
+            loss = loss + self.recipe.own_agreement_weight * self.agreement(
+                own, output.logits[:count], pairs.clean_index[:count]
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(step, self.steps)
@@ -180,6 +181,12 @@ class _Run:
         self.optimizer.step()
         self.averaged.update_parameters(self.model)
         return loss.detach()
+
+    def agreement(self, judge: str, pixel_logits: Tensor, clean_index: Tensor) -> Tensor:
+        """What the classifier ``judge`` says of purified images against what it says of the clean ones."""
+        with torch.autocast(pixel_logits.device.type, torch.bfloat16):
+            logits = self.classifiers[judge](torch.sigmoid(pixel_logits.float()))
+        return agreement_loss(logits, self.clean_logits[judge][clean_index])
 
 
 class Monitor:
@@ -238,9 +245,8 @@ def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def _pair_source(train: Split, classifiers: Mapping[str, nn.Module], recipe: Recipe) -> PairSource:
     if recipe.pairs == "fly":
-        return FlyPairs(
-            train, list(classifiers.values()), attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed
-        )  # fmt: skip
+        rotation = [classifiers[name] for name in recipe.classifiers]
+        return FlyPairs(train, rotation, attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed)
     return TablePairs(
         train, classifiers, batch_size=recipe.attacked, seed=recipe.seed, images=recipe.images or None,
         cw_images=recipe.cw_images or None,

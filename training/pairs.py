@@ -126,7 +126,7 @@ class FlyPairs:
 
     Args:
         split: the training images, on the device of training.
-        classifiers: attacked in this order.
+        classifiers: attacked in this order, step by step.
         attacked: attacked images a batch, at least 2.
         clean: clean images a batch, beside them.
         seed: seeds the order.

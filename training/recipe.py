@@ -16,7 +16,8 @@ class Recipe:
     Args:
         name: for the header.
         pairs: ``table`` makes the paper's twelve attacks on every image beforehand; ``fly`` attacks each batch afresh.
-        classifiers: the attacked classifiers, pooled.
+        classifiers: the attacked classifiers, pooled; ``fly`` attacks them one a step in this order, and one that is
+            named more than once gets more turns.
         steps: optimizer steps; 0 means ``epochs`` passes over the pairs.
         epochs: passes over the pairs where ``steps`` is 0.
         attacked: attacked images a batch (``table``: pairs a batch, clean ones among them).
@@ -28,6 +29,7 @@ class Recipe:
         decay: share of the steps, at the end, over which the rate falls linearly to 0.
         kl_weight: weight of the KL term of equation 4: 1 in the paper's text, 0 in its released code.
         agreement_weight: weight of the classifiers' agreement between purified and clean images; 0 in the paper.
+        own_agreement_weight: the same for the attacked classifier's word on its own attacked images (``fly`` alone).
         averaging: decay of the exponential average of the weights that is shipped; 0 ships the last weights.
         latent_dim: size of the latent.
         seed: seeds weights, order, noise.
@@ -47,6 +49,7 @@ class Recipe:
     decay: float = 0.0
     kl_weight: float = 0.0
     agreement_weight: float = 0.0
+    own_agreement_weight: float = 0.0
     averaging: float = 0.0
     latent_dim: int = 128
     seed: int = 0
@@ -66,11 +69,15 @@ class Recipe:
             raise ValueError(f"recipe: expected either steps or epochs above 0, got {self.steps} and {self.epochs}")
         lowest = {
             "attacked": 1, "clean": 0, "images": 0, "cw_images": 0, "warmup": 0, "kl_weight": 0,
-            "agreement_weight": 0, "latent_dim": 1, "seed": 0,
+            "agreement_weight": 0, "own_agreement_weight": 0, "latent_dim": 1, "seed": 0,
         }  # fmt: skip
         for name, bound in lowest.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"recipe {name}: expected at least {bound}, got {getattr(self, name)}")
+        if self.own_agreement_weight and self.pairs != "fly":
+            raise ValueError(
+                "recipe own_agreement_weight: expected pairs 'fly', whose batches have one attacked classifier"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"recipe learning_rate: expected above 0, got {self.learning_rate}")
         for name in ("decay", "averaging"):
@@ -100,10 +107,11 @@ PRESETS: dict[str, Recipe] = {
         "pooled", "fly", (*PAPER_CLASSIFIERS, *MODERN_CLASSIFIERS), steps=16000, attacked=36, clean=12,
         learning_rate=1e-3, warmup=200, decay=0.5, agreement_weight=30.0, averaging=0.998,
     ),
-    # After it, with --init: half of each batch clean, so that clean images come through less harmed.
+    # After it, with --init: the attacked classifier judges its own images too, D has more turns, more images are clean.
     "polish": Recipe(
-        "polish", "fly", (*PAPER_CLASSIFIERS, *MODERN_CLASSIFIERS), steps=1800, attacked=24, clean=24,
-        learning_rate=3e-4, warmup=50, decay=0.9, agreement_weight=30.0, averaging=0.99,
+        "polish", "fly", ("A", "D", "residual", "B", "D", "vgg_bn", "C", "D", "residual_stem"), steps=16000,
+        attacked=30, clean=18, learning_rate=7e-4, warmup=100, decay=0.7, agreement_weight=30.0,
+        own_agreement_weight=30.0, averaging=0.998,
     ),
 }  # fmt: skip
 
