@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ from defense_vae_fast.nn.losses import (
 from defense_vae_fast.nn.model import DefenseVAE, VAEOutput
 from training import pool
 from training.__main__ import cli, main
-from training.attacks import FGSM, PAPER_TRAINING_ATTACKS
+from training.attacked import attacked_images
+from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, Attack
 from training.classifiers import CLASSIFIERS, build
 from training.data import Dataset, Split, to_float
 from training.evaluate import evaluate, summary
@@ -222,6 +224,26 @@ def test_fly_pairs_attack_most_of_a_batch_and_repeat_with_the_seed(dataset: Data
         wrong = (classifier_d(inputs[:24]).argmax(1) != dataset.train.labels[index[:24]]).float().mean()
         assert float(wrong) > 0.6
         assert torch.equal(batch(step)[0], inputs)
+
+
+def test_kept_attacked_images_are_taken_again_and_never_for_another_attack(
+    dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
+) -> None:
+    def made(attack: Attack = FGSM(0.3), split: Split = dataset.test, **options: Any) -> Tensor:  # noqa: B008
+        return attacked_images(attack, classifier_d, split, folder=tmp_path / "kept", **options)
+
+    first = made()
+    assert torch.equal(first, attack_all(FGSM(0.3), classifier_d, dataset.test))
+    (path,) = (tmp_path / "kept").iterdir()
+    # What lies there is what comes back, so it was not made again.
+    save_file({"images": 255 - first}, path)
+    assert torch.equal(made(), 255 - first)
+    for options in ({"attack": FGSM(0.2)}, {"seed": 1}, {"predicted_labels": True}, {"split": dataset.validation}):
+        made(**options)
+    assert len(list((tmp_path / "kept").iterdir())) == 5
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="expected attacked images kept by an earlier run"):
+        made()
 
 
 def test_predicted_labels_change_the_attack_where_the_classifier_errs(

@@ -127,6 +127,11 @@ def fit(
     "--predicted-labels", is_flag=True, help="Attack away from the classifier's own predictions: no label leaks."
 )
 @click.option("--held-out", is_flag=True, help="Measure the held-out residual network too, with more attacks.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep attacked images in this folder, and take from it what an earlier call left there.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every cell here.")
 @click.option(
     "--save",
@@ -137,12 +142,12 @@ def fit(
 def evaluate(
     dataset: str, checkpoint: str | None, data: Path | None, split: str, images: int | None, names: str | None,
     own: str | None,
-    predicted_labels: bool, held_out: bool, json_path: Path | None, save: Path | None, device: str,
+    predicted_labels: bool, held_out: bool, keep: Path | None, json_path: Path | None, save: Path | None, device: str,
 ) -> None:  # fmt: skip
     """Print the paper's Table 1 for DATASET with our purifier: oblivious attacks on the bare classifiers.
 
-    DATASET and --data are as in 'fit'. All 10,000 test images take long on a CPU, nearly all
-    of it for CW; --images makes it shorter.
+    DATASET and --data are as in 'fit'. All 10,000 test images take minutes on a CPU, with --held-out an hour, nearly
+    all of it for making the attacked images; --images makes it shorter, and --keep the second time.
 
     \b
     Examples:
@@ -174,7 +179,9 @@ def evaluate(
     kept: dict[str, Any] = {"images": len(part), "columns": ["bare", "purified"]}
 
     def section(title: str, models: Mapping[str, nn.Module], attacks: Mapping[str, Attack]) -> None:
-        cells = measure.evaluate(model, models, part, attacks, dataset=loaded.name, predicted_labels=predicted_labels)
+        cells = measure.evaluate(
+            model, models, part, attacks, dataset=loaded.name, predicted_labels=predicted_labels, keep=keep
+        )
         figures = measure.summary(cells)
         console.print(measure.render(cells, f"{loaded.name}, {len(part)} {split} images: {title}"))
         console.print(

@@ -10,15 +10,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
+from pathlib import Path
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
 from defense_vae_fast.nn.model import DefenseVAE
+from training.attacked import attacked_images
 from training.attacks import FGSM, PGD, Attack, CarliniWagnerL2, DeepFool, predict
 from training.data import Split, to_float, to_uint8
-from training.pairs import attack_all
 
 # What a classifier outside the training pool is tried with, beside the paper's three.
 TRANSFER_ATTACKS: dict[str, Attack] = {
@@ -65,6 +66,7 @@ def evaluate(
     dataset: str = "",
     predicted_labels: bool = False,
     seed: int = 0,
+    keep: Path | None = None,
 ) -> list[Cell]:
     """Accuracy of every classifier on clean images and under every attack, bare and behind the purifier.
 
@@ -78,19 +80,16 @@ def evaluate(
         dataset: names the paper's cells to put beside ours.
         predicted_labels: attack away from the classifier's own predictions.
         seed: seeds the attacks' noise.
+        keep: folder in which attacked images are kept, and from which they are taken the next time.
     """
     cells = []
     for name, classifier in classifiers.items():
         made = {"clean": split.images}
         for attack_name, attack in attacks.items():
-            made[attack_name] = attack_all(
-                attack,
-                classifier,
-                split,
-                seed=seed,
-                predicted_labels=predicted_labels,
-                title=f"{attack_name} on {name}",
-            )
+            made[attack_name] = attacked_images(
+                attack, classifier, split, seed=seed, predicted_labels=predicted_labels,
+                title=f"{attack_name} on {name}", folder=keep,
+            )  # fmt: skip
         for attack_name, images in made.items():
             labels = "predicted" if predicted_labels and attack_name != "clean" else "true"
             cells.append(
