@@ -84,7 +84,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> max(0, BatchNorm(x)) in its shape, dtype and layout."""
-        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        self._check_input_dim(x)
         training = self.training or self.running_mean is None
         tracked = not self.training or self.track_running_stats
         mean, variance, batches = (

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # values a program holds at once: 16 for each of 256 threads
-WARPS = 8
+TILE = 4096  # values a program holds at once: 16 for each thread of the eight warps
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+MERGE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 MAX_TILE_CHANNELS = 64
 # Programs a reduction is cut into: about four for each multiprocessor of a large GPU. A constant, and not read from the
 # device, so that the order of summation, and with it every bit, is the same everywhere. Also the most blocks that a
@@ -334,7 +335,7 @@ class Shape(NamedTuple):
         """Compile-time arguments of every kernel that reads x."""
         return {
             "PIXELS": self.pixels, "CHANNELS_LAST": self.channels_last, "WIDE": self.wide, "ROWS": self.tile_rows,
-            "CHANNELS": self.tile_channels, "num_warps": WARPS,
+            "CHANNELS": self.tile_channels, **OPTIONS,
         }  # fmt: skip
 
 
@@ -401,7 +402,7 @@ def batch_statistics(
             partials, mean, variance, running_mean, running_variance, batches,
             shape.rows, shape.channels, shape.blocks, shape.rows_per_block, momentum or 0.0,
             TRACKED=running_mean is not None, CUMULATIVE=momentum is None,
-            COUNTED=batches is not None and momentum is not None, BLOCKS=MAX_BLOCKS, num_warps=4,
+            COUNTED=batches is not None and momentum is not None, BLOCKS=MAX_BLOCKS, **MERGE_OPTIONS,
         )  # fmt: skip
     return mean, variance
 
@@ -484,7 +485,7 @@ def normalize_relu_sums(
             shape.rows, shape.channels, shape.blocks, shape.rows_per_block, epsilon,
             AFFINE=weight is not None, **shape.constants,
         )  # fmt: skip
-        merge_sums_kernel[(2 * shape.channels,)](partials, sums, shape.blocks, BLOCKS=MAX_BLOCKS, num_warps=4)
+        merge_sums_kernel[(2 * shape.channels,)](partials, sums, shape.blocks, BLOCKS=MAX_BLOCKS, **MERGE_OPTIONS)
     return sums
 
 

@@ -39,25 +39,24 @@ def batch_norm_relu(
     """
     if batches is not None:
         batches.add_(1)
-    mean, variance, count = _merge(*operations.batch_statistics(x.detach(), None, None, None, 0.0), x, group)
+    own_mean, own_variance = operations.batch_statistics(x.detach(), None, None, None, 0.0)
+    mean, variance, count = _merge(own_mean, own_variance, x.numel() // x.shape[1], group)
     if running_mean is not None and running_variance is not None:
-        reference.update_running_statistics(
-            running_mean, running_variance, batches, mean, variance, count, momentum
-        )  # fmt: skip
-    y: Tensor = _Normalize.apply(x, weight, bias, mean, variance, epsilon, count, operations, group)  # type: ignore[no-untyped-call]
+        reference.update_running_statistics(running_mean, running_variance, batches, mean, variance, count, momentum)
+    y: Tensor = _Normalize.apply(x, weight, bias, mean, variance, epsilon, count, operations, group)
     return y
 
 
-def _merge(mean: Tensor, variance: Tensor, x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(mean: Tensor, variance: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and number of values over all ranks, on the device."""
-    own = torch.stack([mean, variance, torch.full_like(mean, x.numel() // x.shape[1])])
+    own = torch.stack([mean, variance, torch.full_like(mean, count)])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group)
     means, variances, counts = torch.stack(gathered, 1)
-    count = counts.sum(0)
-    offset = (counts * (means - means[0])).sum(0) / count
+    total = counts.sum(0)
+    offset = (counts * (means - means[0])).sum(0) / total
     deviation = means - means[0] - offset
-    return means[0] + offset, (counts * (variances + deviation.square())).sum(0) / count, count
+    return means[0] + offset, (counts * (variances + deviation.square())).sum(0) / total, total
 
 
 class _Normalize(torch.autograd.Function):
