@@ -441,8 +441,10 @@ def normalize_relu(
     """
     _check(x, weight=weight, bias=bias, mean=mean, variance=variance)
     x = x.contiguous(memory_format=_layout(x))
-    shape = Shape.of(x)
     y = _empty_like(x)
+    if not x.numel():
+        return y
+    shape = Shape.of(x)
     with torch.cuda.device_of(x):
         normalize_kernel[shape.tiles](
             x, y, weight, bias, mean, variance, shape.rows, shape.channels, epsilon,
@@ -476,9 +478,11 @@ def normalize_relu_sums(
 ) -> Tensor:
     """Float32 (2, C): the gradients of bias and weight, which the gradient of x needs as well."""
     x, dy = (tensor.contiguous(memory_format=_layout(x)) for tensor in (x, dy))
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+    if not x.numel():
+        return sums.zero_()
     shape = Shape.of(x)
     partials = x.new_empty((2, shape.channels, shape.blocks), dtype=torch.float32)
-    sums = x.new_empty((2, shape.channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
         gradient_sums_kernel[(shape.blocks, shape.channel_tiles)](
             dy, x, weight, bias, mean, variance, partials,
@@ -515,8 +519,10 @@ def normalize_relu_input_gradient(
 ) -> Tensor:
     """Gradient of x, in its dtype and layout; ``sums`` are those above, or None for constant mean and variance."""
     x, dy = (tensor.contiguous(memory_format=_layout(x)) for tensor in (x, dy))
-    shape = Shape.of(x)
     dx = _empty_like(x)
+    if not x.numel():
+        return dx
+    shape = Shape.of(x)
     with torch.cuda.device_of(x):
         input_gradient_kernel[shape.tiles](
             dy, x, dx, weight, bias, mean, variance, sums, shape.rows, shape.channels, epsilon,

@@ -29,7 +29,6 @@ def check(kernels: str) -> Kernels:
     raise ValueError(f"kernels: expected one of {', '.join(get_args(Kernels))}, got {kernels!r}")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def use_triton(kernels: Kernels, device_type: str, dtype: torch.dtype) -> bool:
     """Whether Triton's kernel runs, given what was asked for and where the operands are.
 
@@ -45,6 +44,11 @@ def use_triton(kernels: Kernels, device_type: str, dtype: torch.dtype) -> bool:
     if kernels == "triton":
         raise RuntimeError(f"kernels='triton' cannot run: {reason}; or take kernels='torch'")
     return False
+
+
+# torch.compile takes the answer for a constant. This is all that torch.compiler.assume_constant_result does, but that
+# imports the compiler, and the compiler imports Triton.
+use_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -43,7 +43,7 @@ def batch_norm_relu(
     mean, variance, count = _merge(own_mean, own_variance, x.numel() // x.shape[1], group)
     if running_mean is not None and running_variance is not None:
         reference.update_running_statistics(running_mean, running_variance, batches, mean, variance, count, momentum)
-    y: Tensor = _Normalize.apply(x, weight, bias, mean, variance, epsilon, count, operations, group)
+    y: Tensor = _Normalize.apply(x, weight, bias, mean, variance, epsilon, count, operations, group)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -73,7 +73,7 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, variance, count = ctx.saved_tensors
         given = (dy, x, weight, bias, mean, variance, ctx.epsilon)
         sums = ctx.operations.normalize_relu_sums(*given)
