@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, save_checkpoint
 from training.pool import CLASSIFIER_FOLDER
 from training.train_classifier import load_classifier
+
+# Triton decides when a kernel is defined whether it will be interpreted. Without a GPU the tests have it so; with one
+# they run the kernels themselves, and TRITON_INTERPRET=1 in the environment asks for the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def random_checkpoint(config: VAEConfig | None = None, seed: int = 0) -> Checkpoint:

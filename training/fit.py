@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from defense_vae_fast import __version__
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint, save_checkpoint
-from defense_vae_fast.nn.losses import agreement_loss, defense_vae_loss
+from defense_vae_fast.nn.kernels.selection import Kernels
 from defense_vae_fast.nn.model import DefenseVAE
 from training.attacks import FGSM, predict
 from training.data import Dataset, Split, to_float
@@ -30,6 +30,7 @@ from training.pairs import FlyPairs, PairSource, TablePairs, attack_all
 from training.progress import bar
 from training.recipe import Recipe
 from training.state import check_state, load_state, save_state
+from training.step import Amp, Average, CudaGraphs, Step, make_optimizer
 
 STATE_FILE = "state.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -62,11 +63,14 @@ def fit(
     init: Checkpoint | None = None,
     resume: bool = False,
     tensorboard: bool = False,
+    amp: Amp = "bf16",
+    kernels: Kernels = "auto",
+    cuda_graph: bool = True,
 ) -> FitResult:
     """Train, writing the state, the purifier and a log into ``out`` at the end of every epoch and every two minutes.
 
     Ctrl-C or SIGTERM stops after the current step and leaves a usable checkpoint; ``resume`` goes on from there, on the
-    same device with the same bits as an uninterrupted run.
+    CPU with the same bits as an uninterrupted run (on CUDA, cuDNN's convolutions may sum in another order each time).
 
     Args:
         data: the data set; training uses its training split, the log its validation split, nothing its test split.
@@ -77,15 +81,25 @@ def fit(
         init: start from this purifier's weights instead of random ones; the header keeps its recipe.
         resume: go on from ``out``'s state.
         tensorboard: write TensorBoard events into ``out`` too.
+        amp: precision of the networks in a step; weights are float32 and ``fp16`` scales its loss.
+        kernels: ``triton`` or ``torch``, or ``auto`` for fused kernels on CUDA where Triton works.
+        cuda_graph: on CUDA, launch a whole step at once, as a CUDA graph.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` was not asked for.
         FileNotFoundError: ``resume`` was asked for and ``out`` holds no run.
+        RuntimeError: ``kernels`` cannot run here, or the step cannot be captured.
         ValueError: the state to resume belongs to another recipe or other data, or ``init`` is of another shape.
     """
     device = torch.device(device)
     state_path = out / STATE_FILE
-    about = {**recipe.to_dict(), "dataset": data.name, "data_digest": data.digest, "init": init and init.digest}
+    about = {
+        **recipe.to_dict(),
+        "dataset": data.name,
+        "data_digest": data.digest,
+        "init": init and init.digest,
+        "amp": amp,
+    }
     # Whatever can be wrong with the folder is found before the pairs are made, which may take hours.
     out.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -97,13 +111,23 @@ def fit(
     config = VAEConfig(size, channels, recipe.latent_dim)
     if init is not None and init.config != config:
         raise ValueError(f"init: expected a purifier of the shape {config}, got {init.config}")
-    model = place(DefenseVAE(config) if init is None else DefenseVAE.from_checkpoint(init), device)
-    averaged = AveragedModel(model, multi_avg_fn=_average(recipe.averaging), use_buffers=True)
-    optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, fused=True)
+    model = place(
+        DefenseVAE(config, kernels) if init is None else DefenseVAE.from_checkpoint(init, kernels), device
+    )  # fmt: skip
+    averaged = AveragedModel(model)
+    recorder = CudaGraphs(device) if cuda_graph and device.type == "cuda" else None
+    optimizer = make_optimizer(model, recipe.learning_rate, recorded=recorder is not None)
     train = data.train.to(device)
     source = _pair_source(train, classifiers, recipe)
     steps = recipe.steps or recipe.epochs * source.steps_per_epoch
-    run = _Run(model, averaged, optimizer, train, source, classifiers, recipe, steps)
+    # The classifiers' word on every clean image is read once, not at every step.
+    judging = recipe.agreement_weight or recipe.own_agreement_weight
+    pool = list(classifiers.values()) if judging else []
+    clean_logits = [_logits(classifier, train) for classifier in pool]
+    average = Average(averaged, model, recipe.averaging, recorded=recorder is not None) if recipe.averaging else None
+    run = Step(
+        model.train(), average, optimizer, recipe, train.images, pool, clean_logits, amp=amp, recorder=recorder
+    )  # fmt: skip
     monitor = Monitor(data, classifiers, device, out, tensorboard)
     shipped: DefenseVAE = averaged.module if recipe.averaging else model  # type: ignore[assignment]
     step = 0
@@ -111,12 +135,15 @@ def fit(
     torch.manual_seed(recipe.seed)
     if resume:
         step = check_state(state_path, about, steps)
-        load_state(state_path, model=model, averaged=averaged, optimizer=optimizer, device=device)
+        load_state(
+            state_path, model=model, averaged=averaged, optimizer=optimizer, scaler=run.scaler, device=device
+        )  # fmt: skip
 
     saved = time.monotonic()
     with bar(f"Defense-VAE on {data.name}", steps, step) as progress, _stop_signal() as stopping:
         while step < steps:
-            loss = run.step(step)
+            judge, own = _judges(recipe, list(classifiers), step)
+            loss = run(source.batch(step), judge, recipe.rate(step, steps), own)
             step += 1
             progress.update(1, images=recipe.attacked + recipe.clean, loss=loss)
             epoch_ends = step % source.steps_per_epoch == 0 or step == steps
@@ -124,8 +151,9 @@ def fit(
                 monitor.report(shipped, step, loss, recipe.rate(step - 1, steps))
             if epoch_ends or stopping.is_set() or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 save_state(
-                    state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, run=about, device=device
-                )
+                    state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, scaler=run.scaler,
+                    run=about, device=device,
+                )  # fmt: skip
                 accuracies = {"validation": monitor.latest} if step == steps else {}
                 made: dict[str, Any] = {"attacks": list(source.attacks), "steps_made": step, "steps_planned": steps}
                 if init is not None:
@@ -135,58 +163,6 @@ def fit(
             if stopping.is_set():
                 break
     return FitResult(out / CHECKPOINT_FILE, step, steps)
-
-
-@dataclass
-class _Run:
-    """What a step needs."""
-
-    model: DefenseVAE
-    averaged: AveragedModel
-    optimizer: torch.optim.Optimizer
-    train: Split
-    source: PairSource
-    classifiers: Mapping[str, nn.Module]
-    recipe: Recipe
-    steps: int
-
-    def __post_init__(self) -> None:
-        self.pool = list(self.classifiers)
-        # The classifiers' word on every clean image is read once, not at every step.
-        wanted = self.classifiers if self.recipe.agreement_weight or self.recipe.own_agreement_weight else {}
-        self.clean_logits = {name: _logits(classifier, self.train) for name, classifier in wanted.items()}
-        self.model.train()
-
-    def step(self, step: int) -> Tensor:
-        """One optimizer step; returns the loss without waiting for it."""
-        pairs = self.source.batch(step)
-        clean = to_float(self.train.images[pairs.clean_index])
-        with torch.autocast(clean.device.type, torch.bfloat16):
-            output = self.model(pairs.inputs)
-        loss = defense_vae_loss(output, clean, self.recipe.kl_weight)
-        if self.recipe.agreement_weight:
-            # Half the pool away from the classifier that this batch was attacked against, shifting by one each round.
-            count = len(self.pool)
-            judge = self.pool[(step + count // 2 + step // count) % count]
-            loss = loss + self.recipe.agreement_weight * self.agreement(judge, output.logits, pairs.clean_index)
-        if self.recipe.own_agreement_weight:
-            own, count = self.recipe.classifiers[step % len(self.recipe.classifiers)], self.recipe.attacked
-            loss = loss + self.recipe.own_agreement_weight * self.agreement(
-                own, output.logits[:count], pairs.clean_index[:count]
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(step, self.steps)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.averaged.update_parameters(self.model)
-        return loss.detach()
-
-    def agreement(self, judge: str, pixel_logits: Tensor, clean_index: Tensor) -> Tensor:
-        """What the classifier ``judge`` says of purified images against what it says of the clean ones."""
-        with torch.autocast(pixel_logits.device.type, torch.bfloat16):
-            logits = self.classifiers[judge](torch.sigmoid(pixel_logits.float()))
-        return agreement_loss(logits, self.clean_logits[judge][clean_index])
 
 
 class Monitor:
@@ -253,24 +229,15 @@ def _pair_source(train: Split, classifiers: Mapping[str, nn.Module], recipe: Rec
     )  # fmt: skip
 
 
-def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Exponential average of all weights and statistics.
-
-    It forgets fast at first: BatchNorm statistics start far from what they become, by a factor of hundreds for the
-    first layer's variance, and would spoil the average for thousands of steps.
-    """
-
-    @torch.no_grad()
-    def update(averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
-        made = int(count)
-        share = 1 - min(decay, (1 + made) / (10 + made))
-        for average, current in zip(averages, currents, strict=True):
-            if average.is_floating_point():
-                average.lerp_(current, share)
-            else:
-                average.copy_(current)
-
-    return update
+def _judges(recipe: Recipe, pool: list[str], step: int) -> tuple[int | None, int | None]:
+    """Positions in the pool of the classifiers that judge a step's images: one for all, and the attacked one."""
+    judge = own = None
+    if recipe.agreement_weight:
+        # Half the pool away from the classifier that this batch was attacked against, shifting by one each round.
+        judge = (step + len(pool) // 2 + step // len(pool)) % len(pool)
+    if recipe.own_agreement_weight:
+        own = pool.index(recipe.classifiers[step % len(recipe.classifiers)])
+    return judge, own
 
 
 @torch.no_grad()

@@ -21,10 +21,11 @@ def save_state(
     model: nn.Module,
     averaged: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     run: dict[str, Any],
     device: torch.device,
 ) -> None:
-    """Write models, optimizer moments, random states and the step, to a temporary file that is then renamed.
+    """Write models, optimizer moments, the loss's scale, random states and the step, to a file that is then renamed.
 
     ``run`` describes the run (its recipe and data) in plain JSON values; a later run must describe itself the same.
     """
@@ -36,6 +37,7 @@ def save_state(
     state = optimizer.state_dict()["state"]
     for index, values in state.items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    tensors |= {f"scaler.{name}": torch.tensor(value) for name, value in scaler.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with replacing(path) as file:
         file.write(save(tensors, {"run": json.dumps({"step": step, **run})}))
@@ -59,6 +61,8 @@ def check_state(path: Path, run: dict[str, Any], steps: int | None = None) -> in
         with safe_open(path, "pt") as file:
             found = json.loads(file.metadata()["run"])
         step = int(found["step"])
+        # States of before there was a choice have no such entry.
+        found.setdefault("amp", "bf16")
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise _damaged(path, error) from error
     differing = [key for key in run if key != "steps" and found.get(key) != run[key]]
@@ -75,8 +79,9 @@ def check_state(path: Path, run: dict[str, Any], steps: int | None = None) -> in
 
 
 def load_state(
-    path: Path, *, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
+    path: Path, *, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, device: torch.device,
+) -> None:  # fmt: skip
     """Restore what :func:`save_state` wrote, in place.
 
     Raises:
@@ -97,6 +102,8 @@ def load_state(
                     # The fused optimizer pairs values by their place in memory, so moments need their weight's strides.
                     value = torch.empty_like(parameter).copy_(value)
                 state.setdefault(int(index), {})[name] = value
+        if scaler.is_enabled():
+            scaler.load_state_dict({name: tensors[f"scaler.{name}"].item() for name in scaler.state_dict()})
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         torch.set_rng_state(tensors["random.cpu"])
         if device.type == "cuda":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from defense_vae_fast.nn.kernels.reference import divergence
 from defense_vae_fast.nn.model import VAEOutput
 
 
@@ -24,8 +25,7 @@ def reconstruction_loss(logits: Tensor, clean: Tensor) -> Tensor:
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
     """D_KL(q(z | x) || N(0, I)) of equation 2: summed over the latent, averaged over the batch."""
     _same_shape("mu", mu, "logvar", logvar)
-    mu, logvar = mu.float(), logvar.float()
-    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum() / mu.shape[0]
+    return divergence(mu, logvar).mean()
 
 
 def defense_vae_loss(output: VAEOutput, clean: Tensor, kl_weight: float = 1.0) -> Tensor:
@@ -40,7 +40,10 @@ def defense_vae_loss(output: VAEOutput, clean: Tensor, kl_weight: float = 1.0) -
         raise ValueError(f"kl_weight: expected at least 0, got {kl_weight}")
     loss = reconstruction_loss(output.logits, clean)
     # A weight of 0 must not turn an infinite divergence into NaN.
-    return loss + kl_weight * kl_divergence(output.mu, output.logvar) if kl_weight else loss
+    if not kl_weight:
+        return loss
+    kl = kl_divergence(output.mu, output.logvar) if output.kl is None else output.kl.mean()
+    return loss + kl_weight * kl
 
 
 def end_to_end_loss(

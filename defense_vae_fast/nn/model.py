@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from defense_vae_fast.architecture import BATCH_NORM_EPSILON, Layer, VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
-from defense_vae_fast.nn.kernels.reference import reparameterize
+from defense_vae_fast.nn.fused import BatchNormReLU2d, reparameterize
+from defense_vae_fast.nn.kernels.selection import Kernels, check
 
 
 class VAEOutput(NamedTuple):
@@ -23,19 +24,24 @@ class VAEOutput(NamedTuple):
     """(N, latent_dim) latent means."""
     logvar: Tensor
     """(N, latent_dim) logarithms of the latent variances."""
+    kl: Tensor | None = None
+    """(N,) divergences of equation 2, where the latent was sampled, which gives them in passing."""
 
 
 class Block(nn.Module):
     """One row of the layer table: convolution or matrix product, BatchNorm where the row has it, ReLU where it has it.
 
-    A final sigmoid is left to the caller, so that the loss can work on logits.
+    A BatchNorm and its ReLU are one module. A final sigmoid is left to the caller, so that the loss can work on logits.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(layer.weight_shape))
         self.bias = None if layer.batch_norm else nn.Parameter(torch.empty(layer.out_channels))
-        self.norm = nn.BatchNorm2d(layer.out_channels, eps=BATCH_NORM_EPSILON) if layer.batch_norm else None
+        self.norm = None
+        if layer.batch_norm:
+            assert layer.activation == "relu"
+            self.norm = BatchNormReLU2d(layer.out_channels, eps=BATCH_NORM_EPSILON, kernels=kernels)
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ class Block(nn.Module):
         else:
             x = nn.functional.conv_transpose2d(x, self.weight, self.bias, layer.stride, layer.padding)
         if self.norm is not None:
-            x = self.norm(x)
+            return self.norm(x)  # type: ignore[no-any-return]
         return torch.relu(x) if layer.activation == "relu" else x
 
 
@@ -56,13 +62,23 @@ class DefenseVAE(nn.Module):
 
     In training mode the latent is sampled, in eval mode it is the mean, so evaluation is deterministic. The output
     has the input's layout; pixel values are in [0, 1] on both sides.
+
+    Args:
+        config: the shape; Table 6 where None.
+        kernels: form of BatchNorm with ReLU and of the sampling: ``triton`` or ``torch``, or ``auto`` for Triton on
+            CUDA where it works. Weights are the same in all.
+
+    Raises:
+        ValueError: ``kernels`` is none of the three.
+        RuntimeError: in the forward, ``triton`` was asked for and cannot run.
     """
 
-    def __init__(self, config: VAEConfig | None = None) -> None:
+    def __init__(self, config: VAEConfig | None = None, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.config = config or VAEConfig()
+        self.kernels = check(kernels)
         for layer in self.config.layers():
-            self.add_module(layer.name, Block(layer))
+            self.add_module(layer.name, Block(layer, self.kernels))
         last = self.config.encoder[-1]
         self._bottom = (last.out_channels, last.out_size, last.out_size)
         self.reset_parameters()
@@ -88,9 +104,9 @@ class DefenseVAE(nn.Module):
                 block.norm.weight.normal_(1.0, 0.02)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> DefenseVAE:
+    def from_checkpoint(cls, checkpoint: Checkpoint, kernels: Kernels = "auto") -> DefenseVAE:
         """The network with a checkpoint's weights, as float32, in eval mode."""
-        model = cls(checkpoint.config)
+        model = cls(checkpoint.config, kernels)
         state = {name: torch.from_numpy(tensor.astype(np.float32)) for name, tensor in checkpoint.tensors.items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected
@@ -114,10 +130,6 @@ class DefenseVAE(nn.Module):
         mu, logvar = (self.get_submodule(layer.name)(features) for layer in self.config.heads)
         return mu, logvar
 
-    def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        """Sample z in training mode; the mean in eval mode."""
-        return reparameterize(mu, logvar) if self.training else mu
-
     def decode(self, z: Tensor) -> Tensor:
         """(N, latent_dim) -> (N, C, H, W) pixel logits: p(x | z) of equation 3."""
         first, *rest = self.config.decoder
@@ -129,7 +141,10 @@ class DefenseVAE(nn.Module):
     def forward(self, x: Tensor) -> VAEOutput:
         """(N, C, H, W) images in [0, 1] -> :class:`VAEOutput`."""
         mu, logvar = self.encode(x)
-        return VAEOutput(self.decode(self.reparameterize(mu, logvar)), mu, logvar)
+        if not self.training:
+            return VAEOutput(self.decode(mu), mu, logvar)
+        z, kl = reparameterize(mu, logvar, kernels=self.kernels)
+        return VAEOutput(self.decode(z), mu, logvar, kl)
 
     def purify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) images in [0, 1] -> purified images of the same shape, from the mean latent.
