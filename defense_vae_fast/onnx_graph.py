@@ -109,12 +109,15 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
     Raises:
         ValueError: ``precision`` or ``image`` is not one of the above.
     """
-    if precision not in ("fp32", "fp16"):
+    if precision not in ("fp32", "fp16", "int8", "int8s"):
         raise ValueError(f"precision: expected 'fp32' or 'fp16', got {precision!r}")
     if image not in ("float", "uint8"):
         raise ValueError(f"image: expected 'float' or 'uint8', got {image!r}")
     config = checkpoint.config
     graph = _Graph(np.dtype(np.float16 if precision == "fp16" else np.float32))
+    if precision.startswith("int8"):
+        graph.amax = checkpoint.quantization.amax
+        graph.signed = precision == "int8s"
 
     pixels = INPUT if image == "float" else _from_uint8(graph, config)
     x = graph.node("Cast", [pixels], to=TensorProto.FLOAT16) if precision == "fp16" else pixels
@@ -136,6 +139,8 @@ class _Graph:
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
+        self.amax: Mapping[str, float] = {}
+        self.signed = False
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
@@ -175,7 +180,10 @@ def _network(graph: _Graph, checkpoint: Checkpoint, x: str) -> str:
 
 
 def _layer(graph: _Graph, layer: Layer, weight: Float64, bias: Float64, x: str) -> str:
-    inputs = [x, graph.weight(f"{layer.name}.weight", weight), graph.weight(f"{layer.name}.bias", bias)]
+    if layer.name in graph.amax:
+        inputs = [*_quantized(graph, layer, weight, x), graph.weight(f"{layer.name}.bias", bias)]
+    else:
+        inputs = [x, graph.weight(f"{layer.name}.weight", weight), graph.weight(f"{layer.name}.bias", bias)]
     if layer.kind == "linear":
         x = graph.node("Gemm", inputs, transB=1)
     else:
@@ -187,6 +195,23 @@ def _layer(graph: _Graph, layer: Layer, weight: Float64, bias: Float64, x: str) 
             pads=[layer.padding] * 4,
         )
     return graph.node("Relu", [x]) if layer.activation == "relu" else x
+
+
+def _quantized(graph: _Graph, layer: Layer, weight: Float64, x: str) -> tuple[str, str]:
+    """A layer's input and weight, each behind its DequantizeLinear: per tensor and per output channel."""
+    axis = 1 if layer.kind == "conv_transpose" else 0
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    levels = np.abs(weight).max(others).clip(1e-12) / 127
+    rounded = np.rint(weight / np.expand_dims(levels, others)).astype(np.int8)
+    signed = graph.signed or layer.name == "decoder1"
+    zero = graph.constant(f"{layer.name}.zero", np.array(0, np.int8 if signed else np.uint8))
+    scale = graph.weight(f"{layer.name}.scale", np.array(graph.amax[layer.name] / (127 if signed else 255)))
+    x = graph.node("QuantizeLinear", [x, scale, zero])
+    x = graph.node("DequantizeLinear", [x, scale, zero])
+    stored = graph.constant(f"{layer.name}.weight", rounded)
+    scales = graph.weight(f"{layer.name}.weight_scale", levels)
+    zeros = graph.constant(f"{layer.name}.weight_zero", np.zeros(len(levels), np.int8))
+    return x, graph.node("DequantizeLinear", [stored, scales, zeros], axis=axis)
 
 
 def _from_uint8(graph: _Graph, config: VAEConfig) -> str:
