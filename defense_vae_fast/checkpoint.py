@@ -240,6 +240,9 @@ def _read_quantization(config: VAEConfig, header: Mapping[str, Any]) -> Quantiza
             raise CheckpointError(
                 f"quantization amax of {name}: expected a number from {lowest} to {highest}, got {value!r}"
             )
+    first = layers[0]
+    if amax.get(first, 1.0) != 1.0:
+        raise CheckpointError(f"quantization amax of {first}: expected 1.0, the bound of images, got {amax[first]!r}")
     return Quantization(
         {name: float(value) for name, value in amax.items()},
         _field(stored, "recipe", dict),
