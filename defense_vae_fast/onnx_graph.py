@@ -166,7 +166,7 @@ class _Graph:
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> str:
         """Store a constant as it is."""
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.constants.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
     def weight(self, name: str, value: Float64) -> str:
@@ -272,11 +272,12 @@ def _weight(graph: _Graph, layer: Layer, weight: Float64) -> str:
 
 def _from_uint8(graph: _Graph, config: VAEConfig) -> str:
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
-    if config.channels == 1:  # the same bytes in the same order
-        x = graph.node("Reshape", [INPUT, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
-    else:  # transposed while a pixel is one byte
-        x = graph.node("Transpose", [INPUT], perm=[0, 3, 1, 2])
-    x = graph.node("Cast", [x], to=TensorProto.FLOAT)
+    # Cast first: TensorRT knows uint8 only as the type of a network's inputs and outputs.
+    x = graph.node("Cast", [INPUT], to=TensorProto.FLOAT)
+    if config.channels == 1:  # the same values in the same order
+        x = graph.node("Reshape", [x, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
+    else:
+        x = graph.node("Transpose", [x], perm=[0, 3, 1, 2])
     return graph.node("Mul", [x, graph.constant("one_255th", np.array(1 / 255, dtype=np.float32))])
 
 

@@ -78,7 +78,7 @@ def mixed_images(split: Split, classifiers: Mapping[str, nn.Module], seed: int =
 
 
 def calibrate(
-    checkpoint: Checkpoint, images: npt.NDArray[np.uint8], percentiles: Sequence[float] = PERCENTILES
+    checkpoint: Checkpoint, images: npt.NDArray[np.uint8], percentiles: Sequence[float]
 ) -> dict[float, dict[str, float]]:
     """Range of every layer's input.
 
@@ -165,7 +165,7 @@ def quantize(
     device = device or torch.device("cpu")
     console = console or Console(quiet=True)
     calibration = mixed_images(data.train.to(device), classifiers, seed).cpu()
-    ranges = calibrate(checkpoint, calibration.numpy())
+    ranges = calibrate(checkpoint, calibration.numpy(), PERCENTILES)
     with Purifier(checkpoint, engine="openvino", precision="fp32") as exact:
         reference = measure.purify_with(exact, calibration)
         by_percentile = {p: _squared(_purified(checkpoint, amax, calibration), reference) for p, amax in ranges.items()}
@@ -196,12 +196,7 @@ def quantize(
     console.print(measure.render(cells, f"{data.name}, {cells[0].images} validation images"))
     worst = {name: min(round(cell.engines[name] - cell.purified, 2) for cell in cells) for name in purifiers}
     console.print(f"worst cell against fp32: {worst}")
-    kept = next((name for name in purifiers if worst[name] >= -limit), None)
-    if kept is None:
-        raise ValueError(
-            f"quantize: expected every cell within {limit} points of fp32, got {worst}; "
-            "measure on more images (--images), or allow more (--limit)"
-        )
+    kept = first_within(worst, limit)
     recipe = {
         "calibrator": "onnxruntime PercentileCalibrater",
         "calibration_images": len(calibration),
@@ -222,6 +217,21 @@ def quantize(
     }
     chosen = choices[list(purifiers).index(kept)]
     return replace(checkpoint, quantization=Quantization(chosen, recipe, accuracies))
+
+
+def first_within(worst: Mapping[str, float], limit: float) -> str:
+    """The first choice whose worst cell loses at most ``limit`` points.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, difference in worst.items():
+        if difference >= -limit:
+            return name
+    raise ValueError(
+        f"quantize: expected every cell within {limit} points of fp32, got {dict(worst)}; "
+        "measure on more images (--images), or allow more (--limit)"
+    )
 
 
 def _int8(checkpoint: Checkpoint, amax: Mapping[str, float]) -> Purifier:
