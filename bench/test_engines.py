@@ -22,6 +22,8 @@ from defense_vae_fast.engines import ENGINES, EngineUnavailable, select
 ROUNDS = {1: 1000, 64: 60, 256: 20}
 # RMS error that rounding to the nearest of 256 levels adds at the most, and float32's own resolution at 1.
 UINT8_ERROR, FLOAT32_ERROR = 0.5 / 255, float(np.finfo(np.float32).eps)
+# int8 promises accuracy, not pixels; on random images, which it was not calibrated for, more than this is a fault.
+INT8_ERROR = 5 / 255
 
 
 class Case(NamedTuple):
@@ -84,13 +86,16 @@ def test_engine(
     torch_imported = "torch" in sys.modules
 
     reference = tmp_path / "reference.npy"
-    told = warm_worker.ask("reference", batch=batch, index=given, precision=case.precision, path=str(reference))
+    plain_precision = "bf16" if case.precision == "int8" else case.precision
+    told = warm_worker.ask("reference", batch=batch, index=given, precision=plain_precision, path=str(reference))
     error, plain = _rms_error(result, np.load(reference)), told["error"]
-    assert error <= 2 * plain + (UINT8_ERROR if kind == "uint8" else FLOAT32_ERROR)
+    limit = INT8_ERROR if case.precision == "int8" else 2 * plain
+    assert error <= limit + (UINT8_ERROR if kind == "uint8" else FLOAT32_ERROR)
     record(
         "engine", f"{' '.join(case)}, {kind}", batch,
         precision=case.precision, device=case.device, image_kind=kind, torch_imported=torch_imported,
-        rms_error=error, rms_error_of_plain_torch=plain, flop_per_image=2 * checkpoint.config.multiply_adds(),
+        rms_error=error, rms_error_of_plain_torch=plain, plain_torch_precision=plain_precision,
+        flop_per_image=2 * checkpoint.config.multiply_adds(),
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """One-file checkpoints: safetensors weights with a JSON header, and the list of the shipped ones.
 
 The file is data, never code: nothing in it is unpickled or executed. Its metadata holds one JSON object under the key
-``defense_vae_fast``: ``format``, ``architecture``, ``dataset``, ``bounds``, ``recipe``, ``accuracies``, ``versions``
-and ``digest``, a SHA-256 over all of the rest and every tensor, so that a damaged file is told from a good one.
+``defense_vae_fast``: ``format``, ``architecture``, ``dataset``, ``bounds``, ``recipe``, ``accuracies``, ``versions``,
+``quantization`` where the checkpoint has int8 scales, and ``digest``, a SHA-256 over all of the rest and every tensor,
+so that a damaged file is told from a good one.
 """
 
 from __future__ import annotations
@@ -32,10 +33,33 @@ WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 # The largest network (1024x1024) is far below these; a file beyond them is not read at all.
 MAX_FILE_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
+# A trained network's activations are of the order of 1; far outside of this, a scale would vanish or overflow.
+AMAX_RANGE = (1e-6, 1e6)
 
 
 class CheckpointError(ValueError):
     """The file is not a usable Defense-VAE checkpoint; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What int8 arithmetic needs beside the weights, whose own scales follow from them.
+
+    Attributes:
+        amax: layer name -> largest magnitude of that layer's input that int8 stands for; larger values are clipped to
+            it. Scales follow from it: amax / 255 for unsigned and amax / 127 for signed integers. A layer that is not
+            named stays in higher precision.
+        recipe: how the layers and numbers were found (calibrator, images, seed, ...).
+        accuracies: what was measured with them, on which images.
+    """
+
+    amax: Mapping[str, float]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    accuracies: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for the header."""
+        return {"amax": dict(self.amax), "recipe": dict(self.recipe), "accuracies": dict(self.accuracies)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,7 @@ class Checkpoint:
         accuracies: what was measured, on which images.
         versions: library versions at training time.
         digest: SHA-256 (hex) over header and tensors.
+        quantization: the scales of int8 arithmetic; None where the purifier was not quantized.
     """
 
     config: VAEConfig
@@ -59,6 +84,7 @@ class Checkpoint:
     accuracies: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
+    quantization: Quantization | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -121,6 +147,7 @@ def load_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
             accuracies=_field(header, "accuracies", dict),
             versions=_field(header, "versions", dict),
             digest=digest,
+            quantization=_read_quantization(config, header),
         )
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: not a usable Defense-VAE checkpoint: {error}") from error
@@ -142,6 +169,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> str
     path = Path(path)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in checkpoint.tensors.items()}
     _check_tensors(checkpoint.config, tensors)
+    quantization = checkpoint.quantization
     header = _plain_json(
         {
             "format": FORMAT,
@@ -151,8 +179,10 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> str
             "recipe": dict(checkpoint.recipe),
             "accuracies": dict(checkpoint.accuracies),
             "versions": dict(checkpoint.versions),
+            **({"quantization": quantization.to_dict()} if quantization else {}),
         }
     )
+    _read_quantization(checkpoint.config, header)
     header["digest"] = _digest(header, tensors)
     raw = _serialize(tensors, {METADATA_KEY: _canonical(header)})
     _read_header(raw)  # what could not be read again is not written
@@ -190,6 +220,34 @@ def _field(header: Mapping[str, Any], name: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise CheckpointError(f"header field {name!r}: expected {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def _read_quantization(config: VAEConfig, header: Mapping[str, Any]) -> Quantization | None:
+    """The header's int8 scales; None where it has none."""
+    if "quantization" not in header:
+        return None
+    stored = _field(header, "quantization", dict)
+    known = {"amax", "recipe", "accuracies"}
+    if set(stored) != known:
+        raise CheckpointError(f"header field 'quantization': expected the keys {sorted(known)}, got {sorted(stored)}")
+    amax = _field(stored, "amax", dict)
+    layers = [layer.name for layer in config.layers() if layer.name != "logvar"]
+    if not amax or not amax.keys() <= set(layers):
+        raise CheckpointError(f"quantization amax: expected some of {', '.join(layers)}, got {sorted(amax)[:8]}")
+    lowest, highest = AMAX_RANGE
+    for name, value in amax.items():
+        if type(value) not in (int, float) or not lowest <= value <= highest:
+            raise CheckpointError(
+                f"quantization amax of {name}: expected a number from {lowest} to {highest}, got {value!r}"
+            )
+    first = layers[0]
+    if amax.get(first, 1.0) != 1.0:
+        raise CheckpointError(f"quantization amax of {first}: expected 1.0, the bound of images, got {amax[first]!r}")
+    return Quantization(
+        {name: float(value) for name, value in amax.items()},
+        _field(stored, "recipe", dict),
+        _field(stored, "accuracies", dict),
+    )
 
 
 def _check_tensors(config: VAEConfig, tensors: Mapping[str, Array]) -> None:

@@ -2,6 +2,11 @@
 
 BatchNorm is folded into the convolutions in float64. Precision is part of the graph (a strongly typed TensorRT network
 has no other place for it), and so is the image format: float NCHW or uint8 NHWC.
+
+Integer arithmetic is written as pairs of QuantizeLinear and DequantizeLinear, which engines fuse into the layers
+between them. One set of scales makes two graphs, because the engines want different integers: x86 multiplies unsigned
+activations by signed weights (signed activations took 13 to 22 % longer in OpenVINO, and a ReLU leaves half of their
+range unused), TensorRT takes signed ones with zero point 0 alone.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from defense_vae_fast.architecture import BATCH_NORM_EPSILON, Layer, VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8", "int8_fp16"]
 ImageKind = Literal["float", "uint8"]
 
 INPUT = "images"
@@ -27,6 +32,9 @@ SCORE = "score"
 # Opset 17 is read by ONNX Runtime >= 1.12, OpenVINO >= 2022.2 and TensorRT >= 8.6; nothing here needs a later one.
 OPSET = 17
 IR_VERSION = 8
+# QuantizeLinear takes fp16 from opset 19 on: ONNX Runtime >= 1.15, TensorRT >= 9.
+OPSET_INT8_FP16 = 19
+IR_VERSION_INT8_FP16 = 9
 TILE = 4  # every image side that VAEConfig allows is a multiple of it; one channel then fills 16 lanes
 
 Float64 = npt.NDArray[np.float64]
@@ -103,23 +111,26 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
     Args:
         checkpoint: the purifier.
         precision: type of the weights and of the arithmetic between the image and the last layer's logits; the sigmoid
-            and the score are float32 in both.
+            and the score are float32 in all. ``int8``, for OpenVINO: weights int8 by output channel, activations uint8
+            by tensor (the latent int8), float32 in layers without scales. ``int8_fp16``, for TensorRT: activations
+            int8, fp16 elsewhere; the first layer, with its one to four input channels, stays in fp16.
         image: what comes in and goes out.
 
     Raises:
-        ValueError: ``precision`` or ``image`` is not one of the above.
+        ValueError: ``precision`` or ``image`` is not one of the above, or the checkpoint has no int8 scales.
     """
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"precision: expected 'fp32' or 'fp16', got {precision!r}")
+    if precision not in ("fp32", "fp16", "int8", "int8_fp16"):
+        raise ValueError(f"precision: expected 'fp32', 'fp16', 'int8' or 'int8_fp16', got {precision!r}")
     if image not in ("float", "uint8"):
         raise ValueError(f"image: expected 'float' or 'uint8', got {image!r}")
     config = checkpoint.config
-    graph = _Graph(np.dtype(np.float16 if precision == "fp16" else np.float32))
+    half = precision in ("fp16", "int8_fp16")
+    graph = _Graph(np.dtype(np.float16 if half else np.float32), *_integers(checkpoint, precision))
 
     pixels = INPUT if image == "float" else _from_uint8(graph, config)
-    x = graph.node("Cast", [pixels], to=TensorProto.FLOAT16) if precision == "fp16" else pixels
+    x = graph.node("Cast", [pixels], to=TensorProto.FLOAT16) if half else pixels
     x = _network(graph, checkpoint, x)
-    logits = graph.node("Cast", [x], to=TensorProto.FLOAT) if precision == "fp16" else x
+    logits = graph.node("Cast", [x], to=TensorProto.FLOAT) if half else x
     # Sigmoid before the pixel shuffle: beside its convolution it is fused, and OpenVINO's bf16 logits stay float32.
     tiles = graph.node("Sigmoid", [logits])
     output = PURIFIED if image == "float" else None
@@ -127,15 +138,23 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
     if image == "uint8":
         _to_uint8(graph, config, purified)
     error = graph.node("Abs", [graph.node("Sub", [pixels, purified])])
-    graph.node("ReduceMean", [error], output=SCORE, axes=[1, 2, 3], keepdims=0)
+    axes = [1, 2, 3]
+    if precision == "int8_fp16":  # an input instead of an attribute since opset 18
+        graph.node("ReduceMean", [error, graph.constant("pixels", np.array(axes))], output=SCORE, keepdims=0)
+    else:
+        graph.node("ReduceMean", [error], output=SCORE, axes=axes, keepdims=0)
     return _model(graph, checkpoint, precision, image)
 
 
 class _Graph:
     """Nodes and constants in the order they are added."""
 
-    def __init__(self, dtype: np.dtype[Any]) -> None:
+    def __init__(self, dtype: np.dtype[Any], amax: Mapping[str, float], unsigned: bool) -> None:
         self.dtype = dtype
+        self.amax = amax
+        """Layers done in integers, and the largest magnitude of their input."""
+        self.unsigned = unsigned
+        """Whether activations after a ReLU are uint8 instead of int8."""
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
@@ -147,7 +166,7 @@ class _Graph:
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> str:
         """Store a constant as it is."""
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.constants.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
     def weight(self, name: str, value: Float64) -> str:
@@ -155,27 +174,56 @@ class _Graph:
         return self.constant(name, value.astype(self.dtype))
 
 
+def _integers(checkpoint: Checkpoint, precision: Precision) -> tuple[Mapping[str, float], bool]:
+    """Largest input magnitude of each layer that is done in integers, and whether activations are unsigned."""
+    if not precision.startswith("int8"):
+        return {}, False
+    if checkpoint.quantization is None:
+        raise ValueError(
+            f"precision {precision!r}: expected a checkpoint with int8 scales, got one without; "
+            "add them with: python -m training quantize CHECKPOINT"
+        )
+    amax = checkpoint.quantization.amax
+    if precision == "int8":
+        return amax, True
+    return {name: value for name, value in amax.items() if name != checkpoint.config.encoder[0].name}, False
+
+
 def _network(graph: _Graph, checkpoint: Checkpoint, x: str) -> str:
     """Images (N, C, H, W) in the graph's precision -> logits (N, C * TILE**2, H / TILE, W / TILE)."""
     config = checkpoint.config
     bottom = config.encoder[-1]
-    for layer in config.layers():
-        if layer.name == "logvar":
-            continue
+    side, width = bottom.out_size, bottom.out_channels
+    # Integer convolutions keep channels last. A latent read and written in that order spares two passes over it.
+    channels_last = graph.unsigned
+    layers = [layer for layer in config.layers() if layer.name != "logvar"]
+    x = _quantize(graph, layers[0], x)
+    for layer, following in zip(layers, (*layers[1:], None), strict=True):
         weight, bias = fold(layer, checkpoint.tensors)
         if layer.name == "mu":
+            if channels_last:
+                x = graph.node("Transpose", [x], perm=[0, 2, 3, 1])
+                weight = weight.reshape(-1, width, side, side).transpose(0, 2, 3, 1).reshape(weight.shape)
             x = graph.node("Flatten", [x], axis=1)
+        to_map = layer.part == "decoder" and layer.kind == "linear"
+        if to_map and channels_last:
+            weight = weight.reshape(width, side, side, -1).transpose(1, 2, 0, 3).reshape(weight.shape)
+            bias = bias.reshape(width, side, side).transpose(1, 2, 0).reshape(-1)
         if layer.kind == "conv_transpose" and layer.stride == 1:
             layer, weight, bias = as_convolution(layer, weight, bias)
         x = _layer(graph, layer, weight, bias, x)
-        if layer.part == "decoder" and layer.kind == "linear":
-            shape = graph.constant("bottom_shape", np.array([0, bottom.out_channels, bottom.out_size, bottom.out_size]))
-            x = graph.node("Reshape", [x, shape])
+        if following is not None:  # rounded beside the layer that makes it, where engines fuse the two
+            x = _quantize(graph, following, x)
+        if to_map and channels_last:
+            x = graph.node("Reshape", [x, graph.constant("bottom_shape", np.array([0, side, side, width]))])
+            x = graph.node("Transpose", [x], perm=[0, 3, 1, 2])
+        elif to_map:
+            x = graph.node("Reshape", [x, graph.constant("bottom_shape", np.array([0, width, side, side]))])
     return x
 
 
 def _layer(graph: _Graph, layer: Layer, weight: Float64, bias: Float64, x: str) -> str:
-    inputs = [x, graph.weight(f"{layer.name}.weight", weight), graph.weight(f"{layer.name}.bias", bias)]
+    inputs = [x, _weight(graph, layer, weight), graph.weight(f"{layer.name}.bias", bias)]
     if layer.kind == "linear":
         x = graph.node("Gemm", inputs, transB=1)
     else:
@@ -189,13 +237,47 @@ def _layer(graph: _Graph, layer: Layer, weight: Float64, bias: Float64, x: str) 
     return graph.node("Relu", [x]) if layer.activation == "relu" else x
 
 
+def _quantize(graph: _Graph, layer: Layer, x: str) -> str:
+    """The input of a layer that is done in integers, rounded to its levels; that of any other as it is."""
+    if layer.name not in graph.amax:
+        return x
+    # Images and what a ReLU leaves are never negative; the latent is.
+    unsigned = graph.unsigned and not (layer.part == "decoder" and layer.kind == "linear")
+    scale = np.array(graph.amax[layer.name] / (255 if unsigned else 127))
+    parameters = [
+        graph.weight(f"{layer.name}.scale", scale),
+        graph.constant(f"{layer.name}.zero_point", np.array(0, np.uint8 if unsigned else np.int8)),
+    ]
+    return graph.node("DequantizeLinear", [graph.node("QuantizeLinear", [x, *parameters]), *parameters])
+
+
+def _weight(graph: _Graph, layer: Layer, weight: Float64) -> str:
+    """A layer's weight in the graph's precision, or as int8 with a scale for each output channel."""
+    name = f"{layer.name}.weight"
+    if layer.name not in graph.amax:
+        return graph.weight(name, weight)
+    axis = 1 if layer.kind == "conv_transpose" else 0
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    # The scale is rounded first, so that the levels are multiples of the number that the graph holds; a channel of
+    # zeros, or of less than fp16 can scale, takes the smallest normal number.
+    smallest = float(np.finfo(graph.dtype).tiny)
+    scale = (np.abs(weight).max(others) / 127).clip(smallest).astype(graph.dtype)
+    levels = np.rint(weight / np.expand_dims(scale.astype(np.float64), others)).clip(-127, 127)
+    parameters = [
+        graph.constant(f"{name}_scale", scale),
+        graph.constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8)),
+    ]
+    return graph.node("DequantizeLinear", [graph.constant(name, levels.astype(np.int8)), *parameters], axis=axis)
+
+
 def _from_uint8(graph: _Graph, config: VAEConfig) -> str:
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
-    if config.channels == 1:  # the same bytes in the same order
-        x = graph.node("Reshape", [INPUT, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
-    else:  # transposed while a pixel is one byte
-        x = graph.node("Transpose", [INPUT], perm=[0, 3, 1, 2])
-    x = graph.node("Cast", [x], to=TensorProto.FLOAT)
+    # Cast first: TensorRT knows uint8 only as the type of a network's inputs and outputs.
+    x = graph.node("Cast", [INPUT], to=TensorProto.FLOAT)
+    if config.channels == 1:  # the same values in the same order
+        x = graph.node("Reshape", [x, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
+    else:
+        x = graph.node("Transpose", [x], perm=[0, 3, 1, 2])
     return graph.node("Mul", [x, graph.constant("one_255th", np.array(1 / 255, dtype=np.float32))])
 
 
@@ -210,7 +292,8 @@ def _to_uint8(graph: _Graph, config: VAEConfig, purified: str) -> None:
         graph.node("Transpose", [x], output=PURIFIED, perm=[0, 2, 3, 1])
 
 
-def _model(graph: _Graph, checkpoint: Checkpoint, precision: str, image: str) -> onnx.ModelProto:
+def _model(graph: _Graph, checkpoint: Checkpoint, precision: Precision, image: ImageKind) -> onnx.ModelProto:
+    opset, ir_version = (OPSET_INT8_FP16, IR_VERSION_INT8_FP16) if precision == "int8_fp16" else (OPSET, IR_VERSION)
     channels, height, width = checkpoint.config.image_shape
     kind = TensorProto.FLOAT if image == "float" else TensorProto.UINT8
     size = (channels, height, width) if image == "float" else (height, width, channels)
@@ -226,8 +309,8 @@ def _model(graph: _Graph, checkpoint: Checkpoint, precision: str, image: str) ->
             graph.constants,
         ),
         producer_name="defense_vae_fast",
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
     )
     onnx.checker.check_model(model)
     return model

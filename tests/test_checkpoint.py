@@ -23,6 +23,7 @@ from defense_vae_fast.checkpoint import (
     METADATA_KEY,
     Checkpoint,
     CheckpointError,
+    Quantization,
     list_pretrained,
     load_checkpoint,
     save_checkpoint,
@@ -30,6 +31,7 @@ from defense_vae_fast.checkpoint import (
 
 # A narrow latent keeps the file small; its layout is the same.
 SMALL = VAEConfig(28, 1, 1)
+QUANTIZATION = Quantization({"encoder1": 1.0, "mu": 0.125, "decoder1": 68.4}, {"seed": 0}, {"worst": -0.1})
 RECIPE = {"attacks": ["fgsm", "cw"], "kl_weight": 1e-05, "epochs": {"first": 3}, "note": 'quoted "é"'}
 
 
@@ -45,6 +47,13 @@ def small() -> Checkpoint:
 def good(small: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("checkpoint") / "good.safetensors"
     save_checkpoint(path, small)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def good_int8(small: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("checkpoint") / "int8.safetensors"
+    save_checkpoint(path, replace(small, quantization=QUANTIZATION))
     return path.read_bytes()
 
 
@@ -265,6 +274,86 @@ def test_signed_as_written_is_accepted(good: bytes, scratch: Path) -> None:
     digest = header.pop("digest")
     scratch.write_bytes(signed(header, load(good)))
     assert load_checkpoint(scratch).digest == digest
+
+
+def test_round_trip_of_int8_scales(small: Checkpoint, good: bytes, good_int8: bytes, scratch: Path) -> None:
+    scratch.write_bytes(good_int8)
+    read = load_checkpoint(scratch)
+    assert read.quantization == QUANTIZATION
+    scratch.write_bytes(good)
+    without = load_checkpoint(scratch)
+    assert without.quantization is None
+    assert without.digest != read.digest
+    assert "quantization" not in header_of(good)[1]  # a file without scales is what it was before there were any
+    tensors = {name: (value.dtype, value.tobytes()) for name, value in without.tensors.items()}
+    assert tensors == {name: (value.dtype, value.tobytes()) for name, value in read.tensors.items()}
+
+
+def scales(**amax: object) -> Callable[[dict[str, Any]], None]:
+    return edit("quantization", {"amax": amax, "recipe": {}, "accuracies": {}})
+
+
+SCALE_DAMAGE = [
+    pytest.param(edit("quantization", None), "'quantization': expected dict, got NoneType", id="null"),
+    pytest.param(edit("quantization", [1.0]), "'quantization': expected dict, got list", id="a list"),
+    pytest.param(edit("quantization", {"amax": {"mu": 1.0}}), "expected the keys", id="keys missing"),
+    pytest.param(
+        edit("quantization", {"amax": {"mu": 1.0}, "recipe": {}, "accuracies": {}, "code": ""}),
+        "expected the keys",
+        id="a key too many",
+    ),
+    pytest.param(
+        edit("quantization", {"amax": [1.0], "recipe": {}, "accuracies": {}}), "'amax': expected dict", id="amax list"
+    ),
+    pytest.param(
+        edit("quantization", {"amax": {"mu": 1.0}, "recipe": 1, "accuracies": {}}), "'recipe': expected", id="recipe"
+    ),
+    pytest.param(
+        edit("quantization", {"amax": {"mu": 1.0}, "recipe": {}, "accuracies": ""}),
+        "'accuracies': exp",
+        id="accuracies",
+    ),
+    pytest.param(scales(), "amax: expected some of encoder1", id="no layer"),
+    pytest.param(scales(encoder9=1.0), "amax: expected some of encoder1", id="unknown layer"),
+    pytest.param(scales(logvar=1.0), "amax: expected some of encoder1", id="a layer that inference leaves out"),
+    pytest.param(scales(mu=0.0), "amax of mu: expected a number from", id="zero"),
+    pytest.param(scales(mu=-1.0), "amax of mu: expected a number from", id="negative"),
+    pytest.param(scales(mu=5e-324), "amax of mu: expected a number from", id="denormal"),
+    pytest.param(scales(mu=1e300), "amax of mu: expected a number from", id="overflows float32"),
+    pytest.param(scales(mu=10**400), "amax of mu: expected a number from", id="10**400"),
+    pytest.param(scales(mu=True), "amax of mu: expected a number from", id="bool"),
+    pytest.param(scales(mu="1.0"), "amax of mu: expected a number from", id="string"),
+    pytest.param(scales(mu=[1.0]), "amax of mu: expected a number from", id="per channel"),
+    pytest.param(scales(mu=None), "amax of mu: expected a number from", id="none"),
+    pytest.param(scales(encoder1=0.5), "amax of encoder1: expected 1.0", id="image bound"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), SCALE_DAMAGE)
+def test_int8_scales_with_a_right_digest(
+    good_int8: bytes, scratch: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    header = header_of(good_int8)[1]
+    del header["digest"]
+    change(header)
+    refuse(scratch, signed(header, load(good_int8)), message)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_one_bit_flipped_with_int8_scales(good_int8: bytes, scratch: Path, data: st.DataObject) -> None:
+    header = 8 + struct.unpack("<Q", good_int8[:8])[0]
+    bit = data.draw(st.integers(0, 8 * header - 1))
+    raw = bytearray(good_int8)
+    raw[bit // 8] ^= 1 << bit % 8
+    refuse(scratch, bytes(raw))
+
+
+@pytest.mark.parametrize("amax", [{}, {"mu": float("nan")}, {"mu": 0.0}, {"nothing": 1.0}, {"encoder1": 2.0}], ids=str)
+def test_bad_int8_scales_are_not_written(small: Checkpoint, tmp_path: Path, amax: dict[str, float]) -> None:
+    with pytest.raises(CheckpointError, match="expected"):
+        save_checkpoint(tmp_path / "a", replace(small, quantization=Quantization(amax)))
+    assert not list(tmp_path.iterdir())
 
 
 def fill(name: str, value: float) -> Callable[[dict[str, Any]], None]:

@@ -13,8 +13,9 @@ import click
 from rich.console import Console
 from torch import nn
 
+from defense_vae_fast import Purifier
 from defense_vae_fast.atomic import replacing
-from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, load_checkpoint, save_checkpoint
+from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, load_checkpoint, resolve, save_checkpoint
 from defense_vae_fast.nn.model import DefenseVAE
 from training import classifiers, pool, recipe
 from training.attacks import PAPER_TEST_ATTACKS, Attack
@@ -132,6 +133,12 @@ def fit(
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep attacked images in this folder, and take from it what an earlier call left there.",
 )
+@click.option(
+    "--engine-precision",
+    "precisions",
+    multiple=True,
+    help="Measure the engine in this precision too (int8, bf16 ...), on the fp32 module's very images; repeatable.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every cell here.")
 @click.option(
     "--save",
@@ -141,8 +148,8 @@ def fit(
 @device_option
 def evaluate(
     dataset: str, checkpoint: str | None, data: Path | None, split: str, images: int | None, names: str | None,
-    own: str | None,
-    predicted_labels: bool, held_out: bool, keep: Path | None, json_path: Path | None, save: Path | None, device: str,
+    own: str | None, predicted_labels: bool, held_out: bool, keep: Path | None, precisions: tuple[str, ...],
+    json_path: Path | None, save: Path | None, device: str,
 ) -> None:  # fmt: skip
     """Print the paper's Table 1 for DATASET with our purifier: oblivious attacks on the bare classifiers.
 
@@ -176,12 +183,17 @@ def evaluate(
     part = (loaded.test if split == "test" else loaded.validation).first(images).to(where)
     console = Console()
     record: dict[str, Any] = {"checkpoint": bundle.digest, "split": split, "images": len(part), "sections": {}}
-    kept: dict[str, Any] = {"images": len(part), "columns": ["bare", "purified"]}
+    engines: dict[str, Purifier] = {}
+    for precision in precisions:
+        purifier = Purifier(bundle, precision=precision)
+        engines[f"{purifier.info()['engine']} {precision}"] = purifier
+    kept: dict[str, Any] = {"images": len(part), "columns": ["bare", "purified", *engines]}
 
     def section(title: str, models: Mapping[str, nn.Module], attacks: Mapping[str, Attack]) -> None:
         cells = measure.evaluate(
-            model, models, part, attacks, dataset=loaded.name, predicted_labels=predicted_labels, keep=keep
-        )
+            model, models, part, attacks, engines=engines, dataset=loaded.name, predicted_labels=predicted_labels,
+            keep=keep,
+        )  # fmt: skip
         figures = measure.summary(cells)
         console.print(measure.render(cells, f"{loaded.name}, {len(part)} {split} images: {title}"))
         console.print(
@@ -202,6 +214,47 @@ def evaluate(
     if save:
         key = f"{split} images, attacks away from {'predicted' if predicted_labels else 'true'} labels"
         save_checkpoint(save, replace(bundle, accuracies={**bundle.accuracies, key: kept}))
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Where to write it. [default: in its place]"
+)
+@click.option("--dataset", help="As in 'fit'. [default: the one that the checkpoint was trained on]")
+@data_option
+@click.option("--images", type=COUNT, default=2000, help="Validation images to measure on.")
+@click.option("--classifiers", "names", help="Comma-separated names. [default: A,B,C,D]")
+@click.option("--classifier", "own", metavar="MODULE:FUNCTION", help="Your own torch classifier, as in 'fit'.")
+@click.option("--limit", type=float, default=0.3, help="Points that no cell may lose against fp32.")
+@device_option
+def quantize(
+    checkpoint: str, out: Path | None, dataset: str | None, data: Path | None, images: int, names: str | None,
+    own: str | None, limit: float, device: str,
+) -> None:  # fmt: skip
+    """Give CHECKPOINT, a shipped name or a file, the scales of int8 arithmetic (precision="int8").
+
+    Calibrates on clean and attacked training images, measures how much each layer bears, takes as many layers as keep
+    every accuracy within --limit of fp32 on validation images, and writes scales, recipe and accuracies into the
+    header. The weights stay as they are. Test images are never looked at.
+
+    \b
+    Examples:
+      python -m training quantize fashion_mnist
+      python -m training quantize runs/mine/checkpoint.safetensors -o quantized.safetensors --classifier my.module:make
+    """
+    from training.quantize import quantize as run
+
+    if own and names:
+        raise ValueError("quantize: expected --classifier or --classifiers, got both; name one")
+    bundle = load_checkpoint(checkpoint)
+    loaded = load_dataset(dataset or bundle.dataset, data)
+    where = find_device(device)
+    chosen = tuple(names.split(",")) if names else classifiers.PAPER_CLASSIFIERS
+    models = {own: pool.own(own, loaded, where)} if own else {n: pool.shipped(n, loaded, where) for n in chosen}
+    result = run(bundle, loaded, models, images=images, limit=limit, device=where, console=Console())
+    path = out or resolve(checkpoint)
+    click.echo(f"{path}: digest {save_checkpoint(path, result)}")
 
 
 @cli.command()

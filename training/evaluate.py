@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from defense_vae_fast import Purifier
 from defense_vae_fast.nn.model import DefenseVAE
 from training.attacked import attacked_images
 from training.attacks import FGSM, PGD, Attack, CarliniWagnerL2, DeepFool, predict
@@ -38,7 +39,8 @@ class Cell:
     """One measurement; accuracies in percent.
 
     ``labels`` says what the attack ran away from: ``true`` labels (the paper) or the classifier's ``predicted`` ones.
-    ``bare`` and ``purified`` are the classifier's accuracy without and with the purifier on the same images.
+    ``bare`` and ``purified`` are the classifier's accuracy without and with the purifier on the same images;
+    ``engines`` holds the latter with engines in the place of the float32 module, by their names.
     """
 
     classifier: str
@@ -48,6 +50,7 @@ class Cell:
     bare: float
     purified: float
     paper: float | None = None
+    engines: Mapping[str, float] = field(default_factory=dict)
 
 
 def paper_accuracy(dataset: str, attack: str, classifier: str) -> float | None:
@@ -63,6 +66,7 @@ def evaluate(
     split: Split,
     attacks: Mapping[str, Attack],
     *,
+    engines: Mapping[str, Purifier] | None = None,
     dataset: str = "",
     predicted_labels: bool = False,
     seed: int = 0,
@@ -77,6 +81,7 @@ def evaluate(
         classifiers: by name, in eval mode.
         split: images and labels, on the device of the models.
         attacks: by the name used in the report.
+        engines: purifiers that are measured beside the model on the very same images, by the name used in the report.
         dataset: names the paper's cells to put beside ours.
         predicted_labels: attack away from the classifier's own predictions.
         seed: seeds the attacks' noise.
@@ -98,6 +103,10 @@ def evaluate(
                     bare=_accuracy(classifier, images, split.labels),
                     purified=_accuracy(classifier, purify_all(model, images), split.labels),
                     paper=paper_accuracy(dataset, attack_name, name),
+                    engines={
+                        engine: _accuracy(classifier, purify_with(purifier, images), split.labels)
+                        for engine, purifier in (engines or {}).items()
+                    },
                 )
             )  # fmt: skip
     return cells
@@ -107,6 +116,11 @@ def evaluate(
 def purify_all(model: DefenseVAE, images: Tensor) -> Tensor:
     """uint8 (N, C, H, W) -> purified uint8 (N, C, H, W)."""
     return torch.cat([to_uint8(model.purify(to_float(part))) for part in torch.split(images, 250)])
+
+
+def purify_with(purifier: Purifier, images: Tensor) -> Tensor:
+    """:func:`purify_all` by an engine."""
+    return purifier(images.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
 def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -129,14 +143,14 @@ def summary(cells: list[Cell]) -> dict[str, float]:
 def render(cells: list[Cell], title: str) -> Table:
     """The cells as a table for a terminal."""
     table = Table(title=title)
-    for column in ("classifier", "attack", "labels", "bare", "purified", "paper", "difference"):
+    engines = list(cells[0].engines) if cells else []
+    for column in ("classifier", "attack", "labels", "bare", "purified", *engines, "paper", "difference"):
         table.add_column(column, justify="left" if column in ("classifier", "attack", "labels") else "right")
     for cell in cells:
         paper = "" if cell.paper is None else f"{cell.paper:.2f}"
         difference = "" if cell.paper is None else f"{cell.purified - cell.paper:+.2f}"
-        table.add_row(
-            cell.classifier, cell.attack, cell.labels, f"{cell.bare:.2f}", f"{cell.purified:.2f}", paper, difference
-        )
+        measured = (f"{value:.2f}" for value in (cell.bare, cell.purified, *cell.engines.values()))
+        table.add_row(cell.classifier, cell.attack, cell.labels, *measured, paper, difference)
     return table
 
 
@@ -146,8 +160,8 @@ def records(cells: list[Cell]) -> list[dict[str, object]]:
 
 
 def for_header(cells: list[Cell]) -> dict[str, dict[str, list[float]]]:
-    """What a checkpoint's header keeps: classifier -> attack -> [bare, purified]."""
+    """What a checkpoint's header keeps: classifier -> attack -> [bare, purified, each engine]."""
     kept: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
-        kept.setdefault(cell.classifier, {})[cell.attack] = [cell.bare, cell.purified]
+        kept.setdefault(cell.classifier, {})[cell.attack] = [cell.bare, cell.purified, *cell.engines.values()]
     return kept
