@@ -10,7 +10,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import machine
-from bench.plot import draw
+from bench.plot import draw, draw_stream
 from bench.report import lines, write_json
 from bench.rows import Group, Results, Row
 from bench.worker import Worker
@@ -129,6 +129,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(line)
     folder: Path = config.getoption("--bench-out")
     write_json(folder / "latest.json", results.record(described))
-    drawn = draw(folder / "latest.png", results)
-    written = ["latest.json", *(["latest.png"] if drawn else [])]
+    written = ["latest.json"]
+    written += ["latest.png"] if draw(folder / "latest.png", results) else []
+    written += ["latest-stream.png"] if draw_stream(folder / "latest-stream.png", results) else []
     terminalreporter.write_line(f"written to {folder}: {', '.join(written)}")

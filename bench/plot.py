@@ -1,4 +1,4 @@
-"""Seconds an image against L x R on logarithmic axes: the search's points and line, and our constant."""
+"""Plots: seconds an image against L x R (the search's points and line, and our constant), and latency under load."""
 
 from __future__ import annotations
 
@@ -33,6 +33,40 @@ def draw(path: Path, results: Results) -> bool:
         axes.axhline(best.p50, linestyle=style, color="black", label=label)
     axes.set(xscale="log", yscale="log", xlabel="L x R (gradient steps x restarts)", ylabel="seconds an image")
     axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True
+
+
+def draw_stream(path: Path, results: Results) -> bool:
+    """Write p99 latency against load, a panel for each kind of arrivals; False, and no file, without such rows."""
+    rows = [row for row in results.of("stream") if row.details["test"] == "load"]
+    scenes = sorted({(row.details["arrivals"], row.details["sources"]) for row in rows})
+    if not scenes:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(scenes), figsize=(3.2 * len(scenes) + 1, 4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, scene in zip(panels[0], scenes, strict=True):
+        here = [row for row in rows if (row.details["arrivals"], row.details["sources"]) == scene]
+        for name in dict.fromkeys(row.details["contestant"] for row in here):
+            points = sorted(
+                (row.details["load"], row.details["p99"]) for row in here if row.details["contestant"] == name
+            )
+            axes.plot(*zip(*points, strict=True), "o-", label=name)
+        bounds = sorted((row.details["load"], row.details["bound"]) for row in here)
+        axes.plot(*zip(*bounds, strict=True), ":", color="grey", label="bound of the stream")
+        title = f"{scene[0]}, {scene[1]} source{'s' if scene[1] > 1 else ''}"
+        axes.set(yscale="log", xlabel="load / capacity", title=title)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("p99 latency in seconds")
+    panels[0][0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

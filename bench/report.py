@@ -28,6 +28,8 @@ def lines(results: Results, machine: dict[str, Any]) -> list[str]:
         "",
         *_search_lines(results),
         *_best_lines(results),
+        "",
+        *_stream_lines(results),
     ]
 
 
@@ -98,6 +100,51 @@ def _best_lines(results: Results) -> list[str]:
             f"{number(ratios['to_defense_gan'])} x Defense-GAN at L=200, R=10"
         )
     return shown
+
+
+def _stream_lines(results: Results) -> list[str]:
+    rows = results.of("stream")
+    if not rows:
+        return ["live streams: not measured"]
+    shown = []
+    for row in rows:
+        if row.details["test"] in ("load", "cameras"):
+            continue
+        line = f"{row.name}: {duration(row.p50)} a frame (median of {len(row.seconds)})"
+        if "extra_seconds" in row.details:
+            line += f", {1e6 * row.details['extra_seconds']:+.0f} us"
+        if "share_of_calls" in row.details:
+            line += f", {percent(row.details['share_of_calls'])} of the throughput of calls"
+        shown.append(line)
+    header = [
+        "open-loop load",
+        "arrivals",
+        "sources",
+        "load",
+        "in/s",
+        "out/s",
+        "dropped",
+        "p50",
+        "p99",
+        "p99.9",
+        "bound",
+    ]
+    body = []
+    for row in rows:
+        told = row.details
+        if told["test"] in ("load", "cameras"):
+            rates = [number(told["offered_per_second"]), number(told["out_per_second"])]
+            times = [duration(row.p50), duration(told["p99"]), duration(told["p999"])]
+            within = "" if told["p99"] <= told["bound"] else " missed"
+            body.append(
+                [told["contestant"], told["arrivals"], str(told["sources"]), percent(told["load"]), *rates,
+                 percent(told["dropped"] / told["frames"]), *times, duration(told["bound"]) + within]
+            )  # fmt: skip
+    legend = [
+        "latency from the moment a frame was due to arrive; load: of the frames/s of calls with full batches of 64 in",
+        "the same run; bound: of p99, four full batches and the stream's delay, twice that beyond 100 %.",
+    ]
+    return [*shown, *(columns([header, *body]) if body else []), *legend]
 
 
 def columns(table: Sequence[Sequence[str]]) -> list[str]:

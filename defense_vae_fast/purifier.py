@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
+from weakref import WeakSet
 
 import numpy as np
 
 from defense_vae_fast import __version__
 from defense_vae_fast.architecture import VAEConfig
+from defense_vae_fast.backlog import WhenFull
 from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint
 from defense_vae_fast.engines import select
 from defense_vae_fast.engines.base import DEFAULT_MAX_BATCH, EngineUnavailable
 from defense_vae_fast.images import ImageReader
+from defense_vae_fast.stream import Result, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,9 +83,11 @@ class Purifier:
         self._run = self._engine.run
         # An engine that takes torch tensors spares those on its device the way through the host.
         self._run_tensor = getattr(self._engine, "run_tensor", None)
-        self._read_to_host = ImageReader(checkpoint.config).read
+        self._reader = ImageReader(checkpoint.config)  # brings everything to the host, where frames wait
         self._read = ImageReader(checkpoint.config, getattr(self._engine, "tensor_device", None)).read
         self._closed = False
+        self._streams: WeakSet[Stream] = WeakSet()
+        self._submissions = self.stream()
 
     @classmethod
     def from_pretrained(
@@ -161,30 +167,56 @@ class Purifier:
         """Queue one image or a batch and return at once; the future holds what calling the Purifier returns.
 
         ``images`` are checked and copied before this returns, so their memory may be reused. What was submitted cannot
-        be cancelled. When the queue is full this waits for room in it.
+        be cancelled. When the queue is full this waits for room in it. All calls share one :meth:`stream` with the
+        defaults, whose batches hold what several callers submitted: an engine that chooses its kernels by the size of a
+        batch (torch) may round in another way than when it is called.
 
         Raises:
             TypeError, ValueError, RuntimeError: as calling the Purifier, at once and not in the future.
         """
         if self._closed:
             raise _closed_error()
-        array, single, to_images, to_scores, _ = self._read_to_host(images)
-        answer: Future[Any] = Future()
-        answer.set_running_or_notify_cancel()
+        return self._submissions._submit(images, return_score)
 
-        def finish(done: Future[Any]) -> None:
-            try:
-                purified, scores = done.result()
-                result = to_images(purified)
-                if return_score:
-                    result = result, float(scores[0]) if single else to_scores(scores)
-            except BaseException as error:
-                answer.set_exception(error)
-            else:
-                answer.set_result(result)
+    def stream(
+        self,
+        *,
+        max_batch: int | None = None,
+        max_delay_ms: float = 2.0,
+        queue: int = 256,
+        when_full: WhenFull = "block",
+        callback: Callable[[Result], object] | None = None,
+        iterate: bool = False,
+    ) -> Stream:
+        """A :class:`~defense_vae_fast.stream.Stream` for live frames of many sources, a context manager.
 
-        self._engine.submit(array).add_done_callback(finish)
-        return answer
+        ::
+
+            with purifier.stream(when_full="latest", callback=show) as stream:
+                stream.put(frame, source="cam3", deadline_ms=20)
+
+        Args:
+            max_batch: most frames of a batch; None for that of the Purifier.
+            max_delay_ms, queue, when_full, callback, iterate: see the class.
+
+        Raises:
+            ValueError, TypeError: an option is none that the class has.
+            RuntimeError: the Purifier is closed.
+        """
+        if self._closed:
+            raise _closed_error()
+        stream = Stream(
+            self._engine,
+            self._reader,
+            max_batch=self._engine.max_batch if max_batch is None else max_batch,
+            max_delay_ms=max_delay_ms,
+            queue=queue,
+            when_full=when_full,
+            callback=callback,
+            iterate=iterate,
+        )
+        self._streams.add(stream)
+        return stream
 
     def warmup(self) -> None:
         """Compile and run whatever a later call could need, so that none pays for a first use.
@@ -269,7 +301,13 @@ class Purifier:
         return self._checkpoint.bounds
 
     def close(self) -> None:
-        """Finish what was submitted and free the engine. Calling it again does nothing."""
+        """Finish what was submitted and what waits in streams, and free the engine. Calling it again does nothing.
+
+        Raises:
+            RuntimeError: called from a future's or a stream's callback, which it would wait for.
+        """
+        for stream in list(self._streams):
+            stream.close()
         self._engine.close()
         self._closed = True
 

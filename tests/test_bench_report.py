@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import inputs, machine, plot, report
+from bench import inputs, load, machine, plot, report, soak
 from bench.rows import Results, Row, fit
+from defense_vae_fast import Purifier
+from defense_vae_fast.checkpoint import Checkpoint
+from defense_vae_fast.stream import Result
 
 STAT = Path("/proc/stat")
 STEPS, RESTARTS = (25, 50, 100, 200), (1, 5, 10)
@@ -269,3 +272,102 @@ def test_describe_knows_this_machine() -> None:
     assert told["cores"] >= 1
     assert told["versions"]["numpy"] == np.__version__
     assert json.loads(json.dumps(told)) == told
+
+
+# Live streams
+
+
+@pytest.mark.parametrize("sources", [1, 7])
+@pytest.mark.parametrize("kind", ["camera", "poisson"])
+def test_arrivals(kind: load.Arrivals, sources: int) -> None:
+    schedule = load.arrivals(kind, sources, rate=700.0, seconds=20.0, seed=3)
+    assert schedule == sorted(schedule) == load.arrivals(kind, sources, 700.0, 20.0, seed=3)
+    assert {arrival.source for arrival in schedule} == set(range(sources))
+    assert 0 <= schedule[0].at <= schedule[-1].at < 20
+    assert len(schedule) == pytest.approx(14_000, rel=0.03)
+    gaps = np.diff([arrival.at for arrival in schedule if arrival.source == 0])
+    spread = gaps.std() / gaps.mean()
+    assert spread == pytest.approx(0 if kind == "camera" else 1, abs=0.1)
+
+
+def stream_row(name: str, share: float, p99: float) -> Row:
+    told = {
+        "test": "load", "contestant": name, "arrivals": "camera", "sources": 16, "load": share,
+        "offered_per_second": 100.0, "out_per_second": 90.0, "frames": 1000, "dropped": 100,
+        "p99": p99, "p999": 2 * p99, "bound": 0.05,
+    }  # fmt: skip
+    return Row("stream", f"{name} {share}", 1, (p99 / 2,) * 3, told)
+
+
+def test_stream_lines_and_plot(results: Results, tmp_path: Path) -> None:
+    assert report.lines(results, described())[-1] == "live streams: not measured"
+    assert not plot.draw_stream(tmp_path / "none.png", results)
+    results.add(Row("stream", "lone, streamed", 1, (0.001,), {"test": "lone", "extra_seconds": 4.2e-05}))
+    results.add(Row("stream", "full, streamed", 64, (0.016,), {"test": "throughput", "share_of_calls": 0.91}))
+    for share in (0.5, 2.0):
+        results.add(stream_row("stream", share, 0.01 * share))
+        results.add(stream_row("one call a frame", share, 0.1 * share))
+    text = "\n".join(report.lines(results, described()))
+    assert "lone, streamed: 1.00 ms a frame (median of 1), +42 us" in text
+    assert "full, streamed: 250 us a frame (median of 1), 91% of the throughput of calls" in text
+    [slow, fast] = [line for share in ("one call", "stream ") for line in text.splitlines() if line.startswith(share)][
+        1:3
+    ]
+    assert "missed" in slow
+    assert "missed" not in fast
+    assert fast.split()[:6] == ["stream", "camera", "16", "50%", "100", "90.0"]
+    assert plot.draw_stream(tmp_path / "load.png", results)
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    json.dumps(results.record(described()), allow_nan=False)
+
+
+@pytest.mark.parametrize("contestant", load.CONTESTANTS, ids=[each.name for each in load.CONTESTANTS])
+def test_every_contestant_does_all_frames(checkpoint: Checkpoint, contestant: type[load.Contestant]) -> None:
+    frames = inputs.batches(8, (1, 28, 28), count=1)[0]
+    schedule = load.arrivals("poisson", 3, 400.0, 0.5)
+    with Purifier(checkpoint, engine="openvino") as purifier:
+        outcome = load.run(contestant(purifier, len(schedule)), schedule, frames)
+    assert outcome.frames == len(schedule)
+    assert outcome.dropped == 0
+    assert (outcome.latencies > 0).all()
+    kept = outcome.kept()
+    assert kept[-1] == outcome.percentile(100) == outcome.latencies.max()
+    assert len(kept) == len(schedule)
+
+
+def test_a_short_soak(
+    checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "DISTINCT", 20)
+    monkeypatch.setattr(soak, "POLICIES", ("block", "latest"))
+    sizes = ["--frames", "300", "--life", "150"]
+    options = [*sizes, "--checkpoint", str(checkpoint_path), "--out", str(tmp_path / "s.json")]
+    assert soak.main(options) == 0
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["wrong"] == []
+    assert record["frames_in"] == 300 + record["dropped"]["invalid"]
+    assert [each["when_full"] for each in record["lives"]] == ["block", "latest"]
+    assert record["grew"] is None
+    assert "too short to say" in capsys.readouterr().out
+
+
+def test_growth_is_counted_after_the_first_minute() -> None:
+    def sample(seconds: float, memory: int, threads: int = 5) -> dict[str, Any]:
+        return {"seconds": seconds, "memory": memory, "threads": threads, "handles": 9}
+
+    start = [sample(0, 100), sample(30, 900)]
+    assert soak.judge(start)["grew"] is None
+    assert soak.judge([*start, sample(61, 1000), sample(200, 1020)])["grew"] is False
+    assert soak.judge([*start, sample(61, 1000), sample(200, 1021)])["grew"] is True
+    assert soak.judge([*start, sample(61, 1000), sample(200, 1000, threads=6)])["growth"]["threads"] == 1
+
+
+def test_the_soak_notices_a_wrong_image_and_a_wrong_order() -> None:
+    right, wrong = np.zeros((2, 2), np.uint8), np.ones((2, 2), np.uint8)
+    checker = soak.Checker([right.tobytes()])
+    checker(Result(right, 0.0, "a", (0, 0, False), 0.0))
+    assert (checker.wrong, checker.digest) == ([], checker.expected)
+    checker(Result(wrong, 0.0, "a", (1, 0, False), 0.0))
+    assert checker.digest != checker.expected
+    checker(Result(right, 0.0, "a", (3, 0, False), 0.0))
+    assert [line.split(": ")[1][:7] for line in checker.wrong] == ["frame 1", "frame 3"]

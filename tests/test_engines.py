@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import gc
 import logging
 import os
 import subprocess
@@ -14,7 +13,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -141,8 +139,7 @@ def test_results_belong_to_the_caller(engine, count):
     purified, scores = engine.run(first)
     kept, kept_scores = purified.copy(), scores.copy()
     engine.run(second)
-    for future in [engine.submit(second) for _ in range(5)]:
-        future.result()
+    engine.run(second)
     assert np.array_equal(purified, kept)
     assert np.array_equal(scores, kept_scores)
     purified[:] = 0
@@ -170,7 +167,6 @@ def test_read_only_images_are_fine(engine):
     expected, _ = engine.run(levels)
     levels.flags.writeable = False
     assert np.array_equal(engine.run(levels)[0], expected)
-    assert np.array_equal(engine.submit(levels).result()[0], expected)
 
 
 def test_sixteen_threads_get_the_bytes_of_one(engine):
@@ -183,7 +179,7 @@ def test_sixteen_threads_get_the_bytes_of_one(engine):
     def work(index):
         ready.wait()
         order = np.random.default_rng(index).permutation(len(batches))
-        results = {i: engine.submit(batches[i]).result() if index % 4 == 0 else engine.run(batches[i]) for i in order}
+        results = {i: engine.run(batches[i]) for i in order}
         return [results[i] for i in range(len(batches))]
 
     with ThreadPoolExecutor(16) as pool:
@@ -191,50 +187,6 @@ def test_sixteen_threads_get_the_bytes_of_one(engine):
             for (purified, scores), (expected, expected_scores) in zip(results, alone, strict=True):
                 assert purified.tobytes() == expected.tobytes()
                 assert scores.tobytes() == expected_scores.tobytes()
-
-
-def test_many_submitted_batches_come_back_to_their_own_futures(engine):
-    levels, _ = pixels(100)
-    pairs = np.split(levels, 50)
-    expected = [engine.run(pair) for pair in pairs]
-    buffer = np.empty_like(pairs[0])
-    futures = []
-    for pair in pairs * 2:
-        buffer[:] = pair  # reused at once: submit copies
-        futures.append(engine.submit(buffer))
-    for future, (purified, scores) in zip(futures, expected * 2, strict=True):
-        result = future.result(timeout=60)
-        assert np.array_equal(result[0], purified)
-        assert np.array_equal(result[1], scores)
-
-
-def test_a_futures_callback_may_call_the_engine(engine):
-    levels, _ = pixels(9)
-    expected, _ = engine.run(levels)
-    chained = []
-    done = threading.Event()
-
-    def again(_):
-        chained.append(engine.run(levels)[0])
-        chained.append(engine.submit(levels))
-        done.set()
-
-    futures = [engine.submit(levels) for _ in range(8)]
-    futures[0].add_done_callback(again)
-    assert done.wait(60)
-    assert np.array_equal(chained[0], expected)
-    assert np.array_equal(chained[1].result(60)[0], expected)
-
-
-def test_callbacks_may_submit_while_the_queue_is_full(fresh):
-    """More batches than may wait, so that the thread that makes room must not wait for it."""
-    engine = fresh(max_batch=1)
-    images, _ = pixels(1)
-    answers = SimpleQueue()
-    for _ in range(40):
-        engine.submit(images).add_done_callback(lambda _: answers.put(engine.submit(images)))
-    for _ in range(40):
-        answers.get(timeout=60).result(timeout=60)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -249,14 +201,18 @@ def test_a_forked_child_is_told(name, checkpoint_path):
         images = np.zeros((4, 28, 28, 1), np.uint8)
         purifier(images)
         purifier.submit(images).result()
+        stream = purifier.stream()
+        stream.put(images[0]).result()
         child = os.fork()
         if child == 0:
             told = 0
-            for call in (lambda: purifier(images), lambda: purifier.submit(images)):
+            for call in (lambda: purifier(images), lambda: purifier.submit(images), lambda: stream.put(images[0])):
                 try:
                     call()
                 except RuntimeError as error:
                     told += "create the Purifier after the fork" in str(error)
+            stream.close()
+            stream.cancel()
             purifier.close()
             if purifier.info()["engine"] == "openvino":  # a new one would wait for the parent's threads as well
                 try:
@@ -266,7 +222,7 @@ def test_a_forked_child_is_told(name, checkpoint_path):
                 else:
                     told = 0
             os._exit(told)
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 2)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 3)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(checkpoint_path)], timeout=120, check=False)
     assert done.returncode == 0
@@ -311,18 +267,16 @@ def test_a_broken_torch_is_named(error, checkpoint_path, tmp_path):
     assert auto.startswith("no engine can work here: openvino: ")
 
 
-def test_close_drains_and_then_refuses(fresh):
+def test_a_closed_engine_says_so(fresh):
     engine = fresh()
     levels, _ = pixels(20)
-    expected, _ = engine.run(levels)
-    futures = [engine.submit(levels) for _ in range(4)]
+    engine.run(levels)
+    assert not engine.closed
     engine.close()
-    assert all(future.done() for future in futures)
-    assert all(np.array_equal(future.result()[0], expected) for future in futures)
     engine.close()
-    for call in (engine.run, engine.submit):
-        with pytest.raises(RuntimeError, match=f"the {engine.name} engine is closed; load another one"):
-            call(levels)
+    assert engine.closed
+    with pytest.raises(RuntimeError, match=f"the {engine.name} engine is closed; load another one"):
+        engine.run(levels)
 
 
 def test_close_waits_for_calls_in_other_threads(fresh):
@@ -350,7 +304,7 @@ def test_close_waits_for_calls_in_other_threads(fresh):
             assert "is closed" in error
 
 
-def test_an_error_under_way_reaches_the_future_and_frees_the_request(checkpoint, monkeypatch):
+def test_an_error_under_way_reaches_the_caller_and_frees_the_request(checkpoint, monkeypatch):
     from defense_vae_fast.engines import openvino
 
     def finish_and_fail(slot, *_):
@@ -364,45 +318,9 @@ def test_an_error_under_way_reaches_the_future_and_frees_the_request(checkpoint,
             patch.setattr(openvino._Slot, "finish", finish_and_fail)
             for _ in range(3):
                 with pytest.raises(ZeroDivisionError):
-                    engine.submit(levels).result(60)
-                with pytest.raises(ZeroDivisionError):
                     engine.run(levels)
         for _ in range(3):
-            assert np.array_equal(engine.submit(levels).result(60)[0], expected)
             assert np.array_equal(engine.run(levels)[0], expected)
-
-
-@pytest.mark.parametrize("name", list(ROW))
-def test_closing_from_a_futures_callback_is_refused(name, checkpoint):
-    levels, _ = pixels(1)
-    errors = []
-    done = threading.Event()
-    with ROW[name].load(checkpoint, "fp32", device="cpu") as engine:
-
-        def close(_):
-            try:
-                engine.close()
-            except RuntimeError as error:
-                errors.append(str(error))
-            done.set()
-
-        # More than one in flight, so that the callback is added before its future is done.
-        [*_, last] = [engine.submit(levels) for _ in range(8)]
-        last.add_done_callback(close)
-        assert done.wait(60)
-        # Added too late, it runs in this thread, where closing is allowed.
-        assert not errors or "called from a future's callback" in errors[0]
-
-
-def test_a_forgotten_engine_ends_its_thread(checkpoint):
-    engine = OpenVINOEngine.load(checkpoint, "fp32")
-    engine.submit(pixels(1)[0]).result(60)
-    thread = engine._completer._thread
-    assert thread.is_alive()
-    del engine
-    gc.collect()
-    thread.join(10)
-    assert not thread.is_alive()
 
 
 BAD_BATCHES = {
@@ -419,9 +337,8 @@ BAD_BATCHES = {
 @pytest.mark.parametrize("case", BAD_BATCHES)
 def test_wrong_batches_say_what_was_expected(engine, case):
     batch, message = BAD_BATCHES[case]
-    for call in (engine.run, engine.submit):
-        with pytest.raises(ValueError, match=rf"expected a C-contiguous .*\(N, 1, 28, 28\).*{message}|{message}"):
-            call(batch)
+    with pytest.raises(ValueError, match=rf"expected a C-contiguous .*\(N, 1, 28, 28\).*{message}|{message}"):
+        engine.run(batch)
 
 
 @pytest.mark.parametrize("case", ["dtype", "shape", "read-only"])
@@ -609,7 +526,6 @@ def test_without_torch_the_openvino_path_works_and_torch_says_what_it_needs(chec
             for batch in (np.zeros((1, 28, 28, 1), np.uint8), np.zeros((20, 1, 28, 28), np.float32)):
                 purified, scores = engine.run(batch)
                 assert purified.shape == batch.shape and (scores > 0).all()
-                engine.submit(batch).result()
             print(engine.name)
         try:
             select("torch")
@@ -689,8 +605,10 @@ ROWS = [
     {"checkpoint", "files", "images"},
     {"onnx_graph", "contact_sheet", "nn"},
     {"engines"},
-    {"purifier"},
-    {"demo", "purify"},
+    {"backlog", "histogram"},
+    {"stream"},
+    {"purifier"},  # its ``submit`` and ``stream`` are a stream's
+    {"demo", "purify", "integrations"},
     {"cli"},
 ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from threading import Condition
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -117,15 +116,8 @@ class Engine(ABC):
             RuntimeError: the engine is closed.
         """
 
-    @abstractmethod
-    def submit(self, batch: Images) -> Future[Result]:
-        """Queue a batch and return at once; the future holds what :meth:`run` returns, or its error.
-
-        The images are copied before this returns. When the queue is full, this waits for room in it.
-        """
-
     def close(self) -> None:
-        """Wait for what was called or submitted, then free everything. Calling it again does nothing.
+        """Wait for the calls under way, then free everything. Calling it again does nothing.
 
         In a fork of the process that loaded the engine there is nothing to wait for or to free.
         """
@@ -138,9 +130,18 @@ class Engine(ABC):
             self._idle.wait_for(lambda: self._calls == 0)
         self._release()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more calls."""
+        return self._closed
+
+    def image_shape(self, kind: ImageKind) -> tuple[int, int, int]:
+        """One image of a batch: (H, W, C) of "uint8" ones, (C, H, W) of "float" ones."""
+        return self._shapes[kind]
+
     @abstractmethod
     def _release(self) -> None:
-        """Finish submitted work and free what the engine holds; no call is in flight any more."""
+        """Free what the engine holds; no call is in flight any more."""
 
     def warmup(self) -> None:
         """Make ready whatever a later call could need, so that none pays for a first use.
@@ -178,10 +179,7 @@ class Engine(ABC):
     def _enter(self) -> None:
         if os.getpid() != self._process:
             # Its threads stayed behind in the parent: waiting for them would never end.
-            raise RuntimeError(
-                f"expected use in the process that made it (pid {self._process}), got its fork (pid {os.getpid()}); "
-                "create the Purifier after the fork, or start processes with the spawn method"
-            )
+            raise forked_error(self._process)
         with self._idle:
             if self._closed:
                 raise RuntimeError(f"the {self.name} engine is closed; load another one")
@@ -217,6 +215,14 @@ class Engine(ABC):
                 "omit it to have one made"
             )
         return out
+
+
+def forked_error(process: int) -> RuntimeError:
+    """What a fork is told that goes on using an object of its parent, ``process``."""
+    return RuntimeError(
+        f"expected use in the process that made it (pid {process}), got its fork (pid {os.getpid()}); "
+        "create the Purifier after the fork, or start processes with the spawn method"
+    )
 
 
 def check_choice(name: str, value: str, choices: Sequence[str], owner: str) -> str:

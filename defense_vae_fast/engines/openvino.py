@@ -13,10 +13,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +71,6 @@ class OpenVINOEngine(Engine):
         self._lanes: dict[tuple[ImageKind, int], _Lane] = {}
         self._single: dict[ImageKind, _Lane] = {}
         self._building = threading.Lock()
-        self._completer = _Completer()
-        # The thread holds no reference to the engine, so that a forgotten engine is collected and its thread with it.
-        self._stop_completer = weakref.finalize(self, self._completer.stop)
 
     @classmethod
     def available(cls, device: str = "auto") -> str | None:
@@ -155,35 +150,6 @@ class OpenVINOEngine(Engine):
         finally:
             self._leave()
 
-    def submit(self, batch: Images) -> Future[Result]:
-        """See :meth:`Engine.submit`; it waits while every request is in flight, so memory stays bounded."""
-        with self._calling():
-            kind = self._kind(batch)
-            pieces = list(self._pieces(kind, len(batch)))
-            job = _Job(np.empty_like(batch), np.empty(len(batch), np.float32), len(pieces))
-            for lane, start, stop in pieces:
-                slot = self._acquire(lane)
-                try:
-                    slot.start(batch[start:stop])
-                except BaseException as error:
-                    lane.free.put(slot)
-                    # The pieces already under way must land before the future may be resolved.
-                    job.error = job.error or error
-                    self._completer.put(job, None, slice(0))
-                    continue
-                self._completer.put(job, (lane, slot), slice(start, stop))
-            return job.future
-
-    def close(self) -> None:
-        """See :meth:`Engine.close`.
-
-        Raises:
-            RuntimeError: called from a future's callback, which would wait for itself.
-        """
-        if self._completer.is_current():
-            raise RuntimeError("close() was called from a future's callback, which it would wait for; call it outside")
-        super().close()
-
     def warmup(self) -> None:
         """See :meth:`Engine.warmup`; a single image, pieces for every stream and a remainder use every lane."""
         self._run_zeros(1, self._piece * self.streams + 1)
@@ -202,8 +168,6 @@ class OpenVINOEngine(Engine):
         }
 
     def _release(self) -> None:
-        self._stop_completer()
-        self._completer.join()
         self._lanes.clear()
         self._single.clear()
         self._models.clear()
@@ -225,7 +189,7 @@ class OpenVINOEngine(Engine):
                 while slot is None and flying:
                     land()
                     slot = lane.try_acquire()
-                slot = slot or self._acquire(lane)
+                slot = slot or lane.free.get()
                 flying.append((lane, slot, slice(start, stop)))
                 slot.start(batch[start:stop])
             while flying:
@@ -247,13 +211,6 @@ class OpenVINOEngine(Engine):
             lane = self._lane(kind, 1)
             for start in range(large, count):
                 yield lane, start, start + 1
-
-    def _acquire(self, lane: _Lane) -> _Slot:
-        """A free request; a future's callback, on the completer's thread, gets a new one: it would wait for itself."""
-        slot = lane.try_acquire()
-        if slot is not None:
-            return slot
-        return lane.make_slot() if self._completer.is_current() else lane.free.get()
 
     def _single_lane(self, kind: ImageKind) -> _Lane:
         with self._building:
@@ -359,75 +316,6 @@ class _Lane:
         slot.finish(purified, scores)
         self.free.put(slot)
         return purified
-
-
-class _Job:
-    """A submitted batch on its way."""
-
-    def __init__(self, purified: Images, scores: Scores, pieces: int) -> None:
-        self.future: Future[Result] = Future()
-        self.future.set_running_or_notify_cancel()  # it starts at once, so there is nothing left to cancel
-        self.purified = purified
-        self.scores = scores
-        self.pieces = pieces
-        self.error: BaseException | None = None
-
-
-_Piece = tuple[_Job, "tuple[_Lane, _Slot] | None", slice]
-
-
-class _Completer:
-    """A thread that waits for submitted requests in order, hands their results out and their slots back.
-
-    OpenVINO's own callbacks run on one thread that the next completion needs as well, so a future's callback that
-    called the engine again would stop everything; this thread needs nobody but itself.
-    """
-
-    def __init__(self) -> None:
-        self._flying: SimpleQueue[_Piece | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
-
-    def put(self, job: _Job, request: tuple[_Lane, _Slot] | None, where: slice) -> None:
-        """Follow one started piece of a job; None when the piece could not be started."""
-        self._flying.put((job, request, where))
-        if self._thread is None:
-            with self._starting:
-                if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=_complete, args=(self._flying,), name="defense_vae_fast-openvino", daemon=True
-                    )
-                    self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread after what is already in flight."""
-        self._flying.put(None)
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def is_current(self) -> bool:
-        return threading.current_thread() is self._thread
-
-
-def _complete(flying: SimpleQueue[_Piece | None]) -> None:
-    while (piece := flying.get()) is not None:
-        job, request, where = piece
-        if request is not None:
-            lane, slot = request
-            try:
-                slot.finish(job.purified[where], job.scores[where])
-            except BaseException as error:  # it belongs to the future, whatever it is
-                job.error = job.error or error
-            lane.free.put(slot)
-        job.pieces -= 1
-        if job.pieces == 0:
-            if job.error is None:
-                job.future.set_result((job.purified, job.scores))
-            else:
-                job.future.set_exception(job.error)
-        del piece, job, request  # a finished batch is not kept until the next one comes
 
 
 def _core() -> openvino.Core:

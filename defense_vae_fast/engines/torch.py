@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
     Step = Callable[[torch.Tensor], torch.Tensor]
 
-_QUEUE = 32  # submitted batches that may wait, each holding a copy of its images
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -57,9 +55,6 @@ class TorchEngine(Engine):
         self._network = _Network(checkpoint, precision, device)
         # One batch at a time has all cores, or the device; more at once would only share them.
         self._turn = threading.Lock()
-        self._worker: ThreadPoolExecutor | None = None
-        self._room = threading.BoundedSemaphore(_QUEUE)
-        self._on_worker = threading.local()
 
     @classmethod
     def available(cls, device: str = "auto") -> str | None:
@@ -114,8 +109,19 @@ class TorchEngine(Engine):
 
     def run(self, batch: Images, out: Images | None = None) -> Result:
         """See :meth:`Engine.run`."""
+        import torch
+
         with self._calling():
-            return self._run(batch, out)
+            self._kind(batch)
+            purified = self._output(batch, out)
+            scores = np.empty(len(batch), np.float32)
+            with self._turn, torch.no_grad():
+                # torch wants writable memory even where it only reads.
+                source = torch.from_numpy(batch if batch.flags.writeable else batch.copy()).to(self._device)
+                clean, score = self._purify(source)
+                torch.from_numpy(purified).copy_(clean)
+                torch.from_numpy(scores).copy_(score)
+            return purified, scores
 
     def run_tensor(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`run` for a tensor that is on the engine's device already; nothing passes through the host.
@@ -145,35 +151,6 @@ class TorchEngine(Engine):
         with self._calling(), self._turn, torch.no_grad():
             return self._purify(images)
 
-    def submit(self, batch: Images) -> Future[Result]:
-        """See :meth:`Engine.submit`; at most 32 batches wait."""
-        with self._calling():
-            self._kind(batch)
-            copy = batch.copy()
-            # A future's callback runs on the worker's own thread, which alone makes room: there it may not wait.
-            waits = not self._is_worker()
-            if waits:
-                self._room.acquire()
-            try:
-                with self._idle:
-                    if self._worker is None:
-                        self._worker = ThreadPoolExecutor(1, "defense_vae_fast-torch")
-                return self._worker.submit(self._run_submitted, copy, waits)
-            except BaseException:
-                if waits:
-                    self._room.release()
-                raise
-
-    def close(self) -> None:
-        """See :meth:`Engine.close`.
-
-        Raises:
-            RuntimeError: called from a future's callback, which would wait for itself.
-        """
-        if self._is_worker():
-            raise RuntimeError("close() was called from a future's callback, which it would wait for; call it outside")
-        super().close()
-
     def info(self) -> dict[str, Any]:
         """See :meth:`Engine.info`; adds the device's name and torch's version."""
         import torch
@@ -188,29 +165,6 @@ class TorchEngine(Engine):
             "versions": {"torch": str(torch.__version__)},
         }
 
-    def _run_submitted(self, batch: Images, had_room: bool) -> Result:
-        self._on_worker.here = True
-        if had_room:
-            self._room.release()  # it waits no more
-        return self._run(batch, None)
-
-    def _is_worker(self) -> bool:
-        return getattr(self._on_worker, "here", False)
-
-    def _run(self, batch: Images, out: Images | None) -> Result:
-        import torch
-
-        self._kind(batch)
-        purified = self._output(batch, out)
-        scores = np.empty(len(batch), np.float32)
-        with self._turn, torch.no_grad():
-            # torch wants writable memory even where it only reads.
-            source = torch.from_numpy(batch if batch.flags.writeable else batch.copy()).to(self._device)
-            clean, score = self._purify(source)
-            torch.from_numpy(purified).copy_(clean)
-            torch.from_numpy(scores).copy_(score)
-        return purified, scores
-
     def _purify(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
@@ -224,8 +178,6 @@ class TorchEngine(Engine):
         return torch.cat(clean), torch.cat(scores)
 
     def _release(self) -> None:
-        if self._worker is not None:
-            self._worker.shutdown(wait=True)
         del self._network
 
 

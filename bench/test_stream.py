@@ -1,0 +1,178 @@
+"""Live streams: what one costs beside the bare engine, and latencies under open-loop load against two obvious loops."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from bench.conftest import Measure, Record
+from bench.inputs import batches
+from bench.load import CONTESTANTS, Arrivals, Contestant, Streamed, arrivals, run
+from defense_vae_fast import Purifier
+from defense_vae_fast.checkpoint import Checkpoint
+
+BATCH = 64
+BLOCK = 50
+DELAY = 0.002  # seconds, the stream's default
+LOADS = (0.5, 0.8, 0.95, 2.0)
+SCENES: list[tuple[Arrivals, int]] = [("camera", 1), ("camera", 16), ("camera", 64), ("poisson", 16)]
+SECONDS = 4.0
+CAMERAS, FRAMES_A_SECOND = 16, 30
+
+Array = npt.NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def purifier(checkpoint_name: str) -> Iterator[Purifier]:
+    with Purifier.from_pretrained(checkpoint_name) as made:
+        made.warmup()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def frames(checkpoint: Checkpoint) -> Array:
+    return np.concatenate(batches(BATCH, checkpoint.config.image_shape))
+
+
+@pytest.fixture(scope="module")
+def batch_seconds(purifier: Purifier, frames: Array, quick: bool) -> float:
+    """Median time of one call with a full batch: the capacity that the loads are shares of."""
+    times = []
+    for turn in range(10 if quick else 60):
+        start = time.perf_counter()
+        purifier(frames[turn % 8 * BATCH :][:BATCH])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[len(times) // 5 :])
+
+
+def test_lone_frame(purifier: Purifier, frames: Array, quick: bool, measure: Measure, record: Record) -> None:
+    """A frame at a time, the next one when the last is done.
+
+    Blocks of calls and of frames take turns, so that both see the same machine; not single ones, because a CPU engine's
+    helper threads go on spinning for a moment after a call and would be in the way of the other's.
+    """
+    times: dict[str, list[float]] = {"called": [], "streamed": []}
+
+    def both(stream: Any, blocks: int) -> None:
+        for _ in range(blocks):
+            for name, purify in (("called", purifier), ("streamed", lambda frame: stream.put(frame).result())):
+                for frame in frames[: BLOCK + 5]:
+                    start = time.perf_counter()
+                    purify(frame)
+                    times[name].append(time.perf_counter() - start)
+                del times[name][-BLOCK - 5 : -BLOCK]  # the change-over
+
+    with purifier.stream() as stream:
+        both(stream, 1)
+        for each in times.values():
+            each.clear()
+        measure("stream, lone frame", both, args=(stream, 2 if quick else 40), rounds=1)
+    alone, streamed = times["called"], times["streamed"]
+    record("stream", "lone frame, called", seconds=alone, test="lone")
+    record(
+        "stream", "lone frame, streamed", seconds=streamed, test="lone",
+        extra_seconds=statistics.median(streamed) - statistics.median(alone),
+    )  # fmt: skip
+
+
+def test_throughput(purifier: Purifier, frames: Array, quick: bool, measure: Measure, record: Record) -> None:
+    """As many frames as there is room for, against calls with full batches, in turns of eight batches each."""
+    called, streamed = [], []
+
+    def both(stream: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            for first in range(0, len(frames), BATCH):
+                purifier(frames[first : first + BATCH])
+            middle = time.perf_counter()
+            tickets = [stream.put(frame) for frame in frames]
+            for ticket in tickets:
+                ticket.result()
+            called.append(middle - start)
+            streamed.append(time.perf_counter() - middle)
+
+    with purifier.stream() as stream:
+        both(stream, 1)
+        called.clear()
+        streamed.clear()
+        measure("stream, throughput", both, args=(stream, 3 if quick else 25), rounds=1)
+    record("stream", f"full batches of {BATCH}, called", len(frames), seconds=called, test="throughput")
+    record(
+        "stream", "full batches, streamed", len(frames), seconds=streamed, test="throughput",
+        share_of_calls=statistics.median(called) / statistics.median(streamed),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS, ids=[each.name for each in CONTESTANTS])
+@pytest.mark.parametrize(("kind", "sources"), SCENES, ids=[f"{kind}-{sources}" for kind, sources in SCENES])
+@pytest.mark.parametrize("load", LOADS, ids=[f"{load:.0%}" for load in LOADS])
+def test_load(
+    load: float,
+    kind: Arrivals,
+    sources: int,
+    contestant: type[Contestant],
+    purifier: Purifier,
+    frames: Array,
+    batch_seconds: float,
+    quick: bool,
+    measure: Measure,
+    record: Record,
+) -> None:
+    rate = load * BATCH / batch_seconds
+    _run(
+        contestant,
+        kind,
+        sources,
+        rate,
+        0.4 if quick else SECONDS,
+        load,
+        purifier,
+        frames,
+        batch_seconds,
+        measure,
+        record,
+    )
+
+
+def test_sixteen_cameras(
+    purifier: Purifier, frames: Array, batch_seconds: float, quick: bool, measure: Measure, record: Record
+) -> None:
+    """Sixteen sources at 30 frames a second."""
+    rate = CAMERAS * FRAMES_A_SECOND
+    load = rate * batch_seconds / BATCH
+    seconds = 0.5 if quick else 20.0
+    _run(Streamed, "camera", CAMERAS, rate, seconds, load, purifier, frames, batch_seconds, measure, record, "cameras")
+
+
+def _run(
+    contestant: type[Contestant],
+    kind: Arrivals,
+    sources: int,
+    rate: float,
+    seconds: float,
+    load: float,
+    purifier: Purifier,
+    frames: Array,
+    batch_seconds: float,
+    measure: Measure,
+    record: Record,
+    test: str = "load",
+) -> None:
+    schedule = arrivals(kind, sources, rate, seconds)
+    outcome = measure(
+        f"stream, {kind} {sources}", lambda: run(contestant(purifier, len(schedule)), schedule, frames), rounds=1
+    )
+    record(
+        "stream", f"{contestant.name}, {kind}, {sources} sources, {rate:,.0f}/s", seconds=outcome.kept(), test=test,
+        contestant=contestant.name, arrivals=kind, sources=sources, load=load, offered_per_second=rate,
+        out_per_second=len(outcome.latencies) / outcome.seconds, frames=outcome.frames, dropped=outcome.dropped,
+        p99=outcome.percentile(99), p999=outcome.percentile(99.9), sender_late=outcome.late,
+        full_batch_seconds=batch_seconds, bound=(4 * batch_seconds + DELAY) * (2 if load > 1 else 1),
+        stats=outcome.stats,
+    )  # fmt: skip

@@ -1,0 +1,721 @@
+"""Live frames of many sources: micro-batches, deadlines, a bounded queue, and an exact account of every frame.
+
+One thread takes what waits to the engine, a batch at a time, and hands the results out. ``Purifier.submit`` is this
+with its defaults. The rules of the queue are in :mod:`~defense_vae_fast.backlog`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from defense_vae_fast.backlog import WHEN_FULL, Backlog, Cause, Item, WhenFull
+from defense_vae_fast.engines.base import Engine, ImageKind, Images, Scores, check_count, forked_error
+from defense_vae_fast.histogram import Histogram
+from defense_vae_fast.images import Batch, ImageReader
+
+if TYPE_CHECKING:
+    import asyncio
+
+    _Copy = tuple[Images, int | None]  # and the place that it is in, if that is one of the stream's
+    _Part = tuple[Images, Scores] | BaseException
+
+_log = logging.getLogger(__name__)
+_PERCENTILES = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9}
+
+
+class Result(NamedTuple):
+    """What became of one frame."""
+
+    image: Any
+    """The purified frame in the kind, dtype, shape and device of the frame, owned by the receiver; None if dropped."""
+    score: float | None
+    """Mean |x - x_hat| in [0, 1]; None if dropped."""
+    source: Hashable
+    """As given to :meth:`Stream.put`."""
+    tag: Any
+    """As given to :meth:`Stream.put`."""
+    waited_ms: float
+    """From the call of ``put`` to the start of its computation, or to its dropping."""
+    dropped: Cause | None = None
+    """None, or why there is no image: "replaced" by newer frames (``when_full="latest"``), "oldest"
+    (``when_full="drop_oldest"``), "rejected", "deadline", "cancelled", "stopped" (the engine was closed), "failed"."""
+    error: BaseException | None = None
+    """With "failed" and "stopped", the reason."""
+
+
+class Ticket(Future[Result]):
+    """The future :class:`Result` of one frame; ``await`` works on it too.
+
+    A frame that was dropped has a result that says so; one that failed or was stopped raises the reason. It cannot be
+    cancelled: give the frame a deadline.
+    """
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        import asyncio
+
+        return asyncio.wrap_future(self).__await__()
+
+
+Callback = Callable[[Result], object]
+
+
+class Stream:
+    """Frames in from any number of threads, results out by future, ``await``, callback and iteration.
+
+    Made by :meth:`Purifier.stream`. A context manager: leaving it finishes what waits. An item goes to the engine when
+    a batch is full, when the oldest item has waited ``max_delay_ms`` (or half its deadline), or at once when the engine
+    has nothing to do. Sources take turns, so none starves another, and the results of one source come in the order in
+    which its frames were put, dropped ones included.
+
+    Callbacks, of the stream and of its tickets, run on the stream's own thread, one after the other: a slow one holds
+    the stream up, and one that raises is logged.
+
+    Args:
+        engine: what computes.
+        reader: what reads the frames.
+        max_batch: most frames of a batch.
+        max_delay_ms: how long a frame may wait for others to share its batch, in milliseconds.
+        queue: most frames that may wait.
+        when_full: what happens to a frame when ``queue`` frames wait. "block": ``put`` waits for room; "reject": it is
+            dropped; "drop_oldest": the oldest frame is dropped for it; "latest": all frames but the newest are.
+            Both drop from the source that has the most frames waiting.
+        callback: called with every :class:`Result`.
+        iterate: keep results for ``for result in stream`` and ``async for``. A reader that is ``queue`` results behind
+            holds the stream up, so that frames wait and ``when_full`` decides; notices of dropped frames are then left
+            out. Read in another thread than the one that puts.
+
+    Raises:
+        ValueError, TypeError: an option is not one of the above.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        reader: ImageReader,
+        *,
+        max_batch: int,
+        max_delay_ms: float = 2.0,
+        queue: int = 256,
+        when_full: WhenFull = "block",
+        callback: Callback | None = None,
+        iterate: bool = False,
+    ) -> None:
+        check_count("max_batch", max_batch)
+        check_count("queue", queue, 1 << 20)
+        delay = _milliseconds("max_delay_ms", max_delay_ms)
+        if when_full not in WHEN_FULL:
+            raise ValueError(f"when_full: expected one of {', '.join(map(repr, WHEN_FULL))}, got {when_full!r}")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: expected a function of one Result, got {callback!r}")
+        self._read = reader.read
+        self._core = _Core(engine, Backlog(queue, max_batch, delay, when_full), queue, when_full, callback, iterate)
+        # The thread holds no reference to this object, so that a forgotten stream ends, after what waits.
+        weakref.finalize(self, self._core.end).atexit = False
+
+    def put(self, frame: Any, source: Hashable = None, *, deadline_ms: float | None = None, tag: Any = None) -> Ticket:
+        """Hand in one frame and return at once, or after waiting for room with ``when_full="block"``.
+
+        The frame is checked and copied before this returns, so its memory may be reused.
+
+        Args:
+            frame: one image of any kind that :class:`Purifier` takes.
+            source: where it comes from, anything hashable: order and fairness are by source.
+            deadline_ms: milliseconds from now after which its result is of no use; a frame that has waited so long is
+                dropped instead of computed. A little must be left for the computing itself.
+            tag: anything; it comes back with the result.
+
+        Raises:
+            TypeError, ValueError: the frame is not what the network takes, or an argument is wrong. The frame counts as
+                dropped, "invalid", and nothing else is touched.
+            RuntimeError: the stream is closed, its engine has stopped, or this process is a fork of its own.
+        """
+        since = time.monotonic()
+        core = self._core
+        core.check_open()
+        try:
+            deadline = math.inf if deadline_ms is None else _milliseconds("deadline_ms", deadline_ms)
+            hash(source)
+            read = self._read(frame)
+            if not read.single:
+                raise ValueError(
+                    f"frame: expected one image, got a batch of {len(read.array)}; put its images one by one"
+                )
+        except (TypeError, ValueError):
+            core.count_invalid()
+            raise
+        ticket = Ticket()
+        core.enter(_Frame(read, core.copy(read.array), since, deadline, tag, ticket), source)
+        return ticket
+
+    def _submit(self, images: Any, return_score: bool) -> Future[Any]:
+        """What :meth:`Purifier.submit` does."""
+        since = time.monotonic()
+        self._core.check_open()
+        try:
+            read = self._read(images)
+        except (TypeError, ValueError):
+            self._core.count_invalid()
+            raise
+        item = _Submission(read, self._core.copy(read.array), since, return_score)
+        self._core.enter(item, None)
+        return item.future
+
+    def stats(self) -> dict[str, Any]:
+        """What has happened so far, as a dictionary that JSON can hold.
+
+        Its keys: ``frames_in``; ``frames_out``; ``dropped`` (cause: frames); ``in_progress``, those that wait or are
+        computed. At any moment ``frames_in == frames_out + sum(dropped.values()) + in_progress``. ``waiting_ms`` and
+        ``computing_ms`` hold ``p50``, ``p99`` and ``p99.9`` over the frames that came out, in milliseconds (None before
+        the first one; up to 4.4 % too high): from ``put`` to the start of a frame's batch, and from there to its end.
+        ``batch_sizes``: size: batches, a submitted batch beyond ``max_batch`` counting as that; ``sources``: those with
+        frames in progress.
+        """
+        return self._core.stats()
+
+    def histograms(self, octaves: Sequence[int]) -> dict[str, tuple[list[tuple[float, int]], int, float]]:
+        """Cumulative counts of the waiting and computing times, for monitoring.
+
+        Args:
+            octaves: edges as exponents, each 2 ** octave microseconds, 0 to 31.
+
+        Returns:
+            For "waiting" and "computing" a list of (edge in seconds, frames within it), the number of all frames, and
+            the sum of their seconds.
+        """
+        return self._core.histograms(octaves)
+
+    def close(self) -> None:
+        """Finish what waits, then end. Calling it again does nothing.
+
+        Raises:
+            RuntimeError: called from a callback, which it would wait for.
+        """
+        self._core.close(cancel=False)
+
+    def cancel(self) -> None:
+        """End without computing what waits: it is dropped, "cancelled". A batch under way is still finished.
+
+        From a callback it returns at once, elsewhere when everything has been handed out.
+        """
+        self._core.close(cancel=True)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Stream:
+        self._core.check_iterable()
+        return self
+
+    def __next__(self) -> Result:
+        result = self._core.next_result()
+        if result is None:
+            raise StopIteration
+        return result
+
+    def __aiter__(self) -> Stream:
+        self._core.check_iterable()
+        return self
+
+    async def __anext__(self) -> Result:
+        import asyncio
+
+        while True:
+            woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            result, ended = self._core.poll_result(woken)
+            if result is not None:
+                return result
+            if ended:
+                raise StopAsyncIteration
+            await woken
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("expected a Stream to stay in the process that made it, got a request to pickle or copy it")
+
+
+class _Job(Item):
+    """An item with somebody waiting for it."""
+
+    __slots__ = ("future", "to_images")
+
+    def __init__(self, read: Batch, copied: _Copy, since: float, deadline: float, future: Future[Any]) -> None:
+        array, slot = copied
+        super().__init__(array, _kind(array), since, deadline)
+        self.slot = slot
+        self.to_images = read.images
+        self.future = future
+        future.set_running_or_notify_cancel()
+
+    def take(self, part: _Part) -> None:
+        """Keep the results, which belong to it, in the caller's kind, or the error."""
+        try:
+            if isinstance(part, BaseException):
+                raise part
+            self.fill(*part)
+        except BaseException as error:  # it belongs to the future, whatever it is
+            self.dropped, self.error = "failed", error
+
+    def fill(self, purified: Images, scores: Scores) -> None:
+        """Keep the results in the caller's kind."""
+        raise NotImplementedError
+
+    def resolve(self) -> Result | None:
+        """Tell the future; the result for callback and iteration, if there is one."""
+        raise NotImplementedError
+
+
+class _Frame(_Job):
+    """What :meth:`Stream.put` was given."""
+
+    __slots__ = ("image", "score", "tag")
+
+    def __init__(self, read: Batch, copied: _Copy, since: float, deadline: float, tag: Any, ticket: Ticket) -> None:
+        super().__init__(read, copied, since, deadline, ticket)
+        self.tag = tag
+        self.image: Any = None
+        self.score: float | None = None
+
+    def fill(self, purified: Images, scores: Scores) -> None:
+        self.image, self.score = self.to_images(purified), float(scores[0])
+
+    def resolve(self) -> Result:
+        if self.dropped is not None:  # an image that was made before the failure is not handed out
+            self.image = self.score = None
+        result = Result(self.image, self.score, self.source.name, self.tag, 1e3 * self.waited, self.dropped, self.error)
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(result)
+        return result
+
+
+class _Submission(_Job):
+    """What :meth:`Purifier.submit` was given; its answer is what calling the Purifier returns."""
+
+    __slots__ = ("answer", "return_score", "single", "to_scores")
+
+    def __init__(self, read: Batch, copied: _Copy, since: float, return_score: bool) -> None:
+        super().__init__(read, copied, since, math.inf, Future())
+        self.return_score, self.single, self.to_scores = return_score, read.single, read.scores
+        self.answer: Any = None
+
+    def fill(self, purified: Images, scores: Scores) -> None:
+        self.answer = self.to_images(purified)
+        if self.return_score:
+            self.answer = self.answer, float(scores[0]) if self.single else self.to_scores(scores)
+
+    def resolve(self) -> None:
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.answer)
+
+
+class _Buffers:
+    """Memory for one kind of image, made once: a place for each frame that waits, and a batch on its way in and out."""
+
+    def __init__(self, engine: Engine, kind: ImageKind, places: int, max_batch: int) -> None:
+        shape, dtype = engine.image_shape(kind), np.uint8 if kind == "uint8" else np.float32
+        self.waiting = np.empty((places, *shape), dtype)
+        # The last one freed is the first one taken: of a long queue that never fills, few pages are ever touched.
+        self.free = list(range(places))
+        self.images = np.empty((max_batch, *shape), dtype)
+        self.purified = np.empty((max_batch, *shape), dtype)
+
+
+class _Core:
+    """The queue, its thread and what both share; it holds no reference to the :class:`Stream`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        backlog: Backlog[_Job],
+        queue: int,
+        when_full: WhenFull,
+        callback: Callback | None,
+        iterate: bool,
+    ) -> None:
+        self._engine = engine
+        self._backlog = backlog
+        self._queue = queue
+        self._waits = when_full == "block"
+        self._callback = callback
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # for the thread: there is something to do
+        self._room = threading.Condition(self._lock)  # for those who put: there may be room
+        self._readable = threading.Condition(self._lock)  # for readers: there is a result, or the end
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._ended = False
+        self._stopped: BaseException | None = None  # why the engine computes no more
+        self._idle = True
+        self._blocked: deque[object] = deque()  # those who wait for room, in their order
+        self._buffers: dict[ImageKind, _Buffers] = {}
+        self._settled: list[_Job] = []  # dropped by others than the thread, which hands them out
+        self._results: deque[Result] | None = deque() if iterate else None
+        self._wakers: list[asyncio.Future[None]] = []
+        self._in = self._out = self._computing = 0
+        self._dropped: dict[Cause, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._waiting_times, self._computing_times = Histogram(), Histogram()
+
+    # For those who put
+
+    def check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise forked_error(self._process)  # before any lock: a thread of the parent may hold it for ever
+        if self._stopped is not None:
+            raise RuntimeError(f"the stream has stopped: {self._stopped}") from self._stopped
+        if self._closing:
+            raise RuntimeError("expected an open stream, got a closed one; make another with Purifier.stream")
+
+    def count_invalid(self) -> None:
+        with self._lock:
+            self._in += 1
+            self._count_dropped("invalid", 1)
+
+    def copy(self, array: Images) -> _Copy:
+        """A copy that lasts until it is computed: in a place that is kept for it, or else in memory of its own."""
+        if len(array) == 1:
+            kind = _kind(array)
+            buffers = self._buffers.get(kind) or self._make_buffers(kind)
+            try:
+                slot = buffers.free.pop()
+            except IndexError:
+                pass
+            else:
+                place = buffers.waiting[slot : slot + 1]
+                place[...] = array
+                return place, slot
+        return array.copy(), None
+
+    def _make_buffers(self, kind: ImageKind) -> _Buffers:
+        with self._lock:
+            if kind not in self._buffers:
+                max_batch = self._backlog.max_batch
+                self._buffers[kind] = _Buffers(self._engine, kind, self._queue + max_batch, max_batch)
+            return self._buffers[kind]
+
+    def enter(self, item: _Job, source: Hashable) -> None:
+        """Queue an item; what that drops is handed out by the thread."""
+        with self._lock:
+            try:
+                # The thread alone makes room: in a callback, which runs on it, there is nothing to wait for.
+                if self._waits and not self._is_current():
+                    self._wait_for_room(item.count)
+                self.check_open()
+            except BaseException:
+                self._free(item)
+                raise
+            self._in += item.count
+            due = self._backlog.due
+            now = time.monotonic()
+            self._settled += self._drop(self._backlog.add(item, source), now)
+            if self._thread is None:
+                self._thread = threading.Thread(target=_work, args=(self,), name="defense_vae_fast-stream", daemon=True)
+                self._thread.start()
+            elif self._settled or self._backlog.due < due or self._backlog.ready(now, self._idle):
+                self._work.notify()
+
+    def _wait_for_room(self, count: int) -> None:
+        """First come, first served: otherwise whoever puts in a tight loop would take every place."""
+        if not self._blocked and self._backlog.has_room(count):
+            return
+        turn = object()
+        self._blocked.append(turn)
+        try:
+            while not self._closing and self._stopped is None:
+                if self._blocked[0] is turn and self._backlog.has_room(count):
+                    return
+                self._room.wait()
+        finally:
+            self._blocked.remove(turn)
+            self._room.notify_all()
+
+    # The thread
+
+    def step(self) -> bool:
+        """Wait for something to do and do it; False at the end."""
+        batch: list[_Job] = []
+        with self._lock:
+            if not self._wait_for_work():
+                self._ended = True
+                self._wake_readers()
+                return False
+            settled, self._settled = self._settled, []
+            now = time.monotonic()
+            if not self._held_up() and self._backlog.ready(now, self._idle or self._closing):
+                batch, expired = self._backlog.take(now)
+                self._idle = False
+                self._computing = sum(item.count for item in batch)
+                settled += self._drop(expired, now)
+                self._room.notify_all()
+        self._hand_out(settled)
+        if batch:
+            self._compute(batch)
+        return True
+
+    def _wait_for_work(self) -> bool:
+        while not self._settled:
+            if not self._backlog.images:
+                if self._closing or self._stopped is not None:
+                    return False
+                self._idle = True
+                self._work.wait()
+            elif self._held_up():
+                self._work.wait()
+            else:
+                now = time.monotonic()
+                if self._backlog.ready(now, self._idle or self._closing):
+                    break
+                self._work.wait(self._backlog.due - now)
+        return True
+
+    def _held_up(self) -> bool:
+        """Whether a reader is so far behind that more results would only pile up."""
+        return self._results is not None and len(self._results) >= self._queue and not self._closing
+
+    def _compute(self, batch: list[_Job]) -> None:
+        started = time.monotonic()
+        for item in batch:
+            item.waited = started - item.since
+        try:
+            parts: list[_Part] = [*self._run(batch)]
+        except BaseException as error:  # it belongs to the futures, whatever it is
+            parts = self._run_apart(batch, error)
+        taken = time.monotonic() - started
+        for item, part in zip(batch, parts, strict=True):
+            item.take(part)
+        with self._lock:
+            size = min(self._computing, self._backlog.max_batch)
+            self._sizes[size] = self._sizes.get(size, 0) + 1
+            self._computing = 0
+            for item in batch:
+                self._free(item)
+                if item.dropped is None:
+                    self._out += item.count
+                    self._waiting_times.add(item.waited, item.count)
+                    self._computing_times.add(taken, item.count)
+                else:
+                    self._count_dropped(item.dropped, item.count)
+            settled = self._backlog.settle(batch)
+            if self._engine.closed:
+                self._stop(RuntimeError(f"the {self._engine.name} engine is closed"))
+        self._hand_out(settled)
+
+    def _run(self, batch: list[_Job]) -> list[tuple[Images, Scores]]:
+        """Images and scores of each item, which own their memory."""
+        first = batch[0]
+        if len(batch) == 1 and first.count > 1:
+            return [self._engine.run(first.array)]
+        buffers = self._buffers.get(first.kind) or self._make_buffers(first.kind)
+        places, stop = [], 0
+        for item in batch:
+            places.append(slice(stop, stop + item.count))
+            stop += item.count
+        images = buffers.images[:stop]
+        np.concatenate([item.array for item in batch], out=images)
+        purified, scores = self._engine.run(images, out=buffers.purified[:stop])
+        return [(purified[place].copy(), scores[place].copy()) for place in places]
+
+    def _run_apart(self, batch: list[_Job], error: BaseException) -> list[_Part]:
+        """After an error: each item by itself, so that only the one that causes it fails."""
+        if len(batch) == 1 or self._engine.closed:
+            return [error for _ in batch]
+        parts: list[_Part] = []
+        for item in batch:
+            try:
+                parts += self._run([item])
+            except BaseException as own:  # noqa: PERF203 - each has its own
+                parts.append(own)
+        return parts
+
+    def _hand_out(self, items: list[_Job]) -> None:
+        results = [result for item in items if (result := self._hand_out_one(item)) is not None]
+        if self._results is not None and results:
+            with self._lock:
+                for result in results:
+                    if result.dropped is None or len(self._results) < self._queue:
+                        self._results.append(result)
+                self._wake_readers()
+
+    def _hand_out_one(self, item: _Job) -> Result | None:
+        result = None
+        try:
+            result = item.resolve()
+            if result is not None and self._callback is not None:
+                self._callback(result)
+        except BaseException:  # not even sys.exit in a callback may take the other frames along
+            _log.exception("a callback of the stream raised")
+        return result
+
+    # With the lock held
+
+    def _drop(self, items: list[_Job], now: float) -> list[_Job]:
+        """Account for dropped items; those that may be handed out now."""
+        for item in items:
+            item.waited = now - item.since
+            self._free(item)
+            assert item.dropped is not None
+            self._count_dropped(item.dropped, item.count)
+        return self._backlog.settle(items)
+
+    def _count_dropped(self, cause: Cause, count: int) -> None:
+        self._dropped[cause] = self._dropped.get(cause, 0) + count
+
+    def _free(self, item: _Job) -> None:
+        """Give the place of its copy back."""
+        if item.slot is not None:
+            self._buffers[item.kind].free.append(item.slot)
+            item.slot = None
+
+    def _stop(self, reason: BaseException) -> None:
+        self._stopped = reason
+        dropped = self._backlog.clear("stopped")
+        for item in dropped:
+            item.error = reason
+        self._settled += self._drop(dropped, time.monotonic())
+        self._room.notify_all()
+
+    def _wake_readers(self) -> None:
+        self._readable.notify_all()
+        wakers, self._wakers = self._wakers, []
+        for waker in wakers:
+            with suppress(RuntimeError):  # its loop is closed, so nobody waits
+                waker.get_loop().call_soon_threadsafe(_wake, waker)
+
+    def _is_current(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    # For readers
+
+    def check_iterable(self) -> None:
+        if self._results is None:
+            raise TypeError(
+                "expected a stream that keeps its results for iteration, got one that does not; "
+                "make it with purifier.stream(iterate=True)"
+            )
+
+    def next_result(self) -> Result | None:
+        """The next result, waited for; None at the end."""
+        with self._lock:
+            while (result := self._pop_result()) is None and not self._at_end():
+                self._readable.wait()
+            return result
+
+    def poll_result(self, woken: asyncio.Future[None]) -> tuple[Result | None, bool]:
+        """The next result or None, and whether the end has come; if neither, ``woken`` is told when to ask again."""
+        with self._lock:
+            result = self._pop_result()
+            ended = result is None and self._at_end()
+            if result is None and not ended:
+                self._wakers.append(woken)
+            return result, ended
+
+    def _pop_result(self) -> Result | None:
+        if not self._results:
+            return None
+        result = self._results.popleft()
+        if len(self._results) == self._queue - 1:
+            self._work.notify()
+        return result
+
+    def _at_end(self) -> bool:
+        if self._ended and self._stopped is not None:
+            raise RuntimeError(f"the stream has stopped: {self._stopped}") from self._stopped
+        return self._ended
+
+    # The rest
+
+    def stats(self) -> dict[str, Any]:
+        """See :meth:`Stream.stats`."""
+        with self._lock:
+            return {
+                "frames_in": self._in,
+                "frames_out": self._out,
+                "dropped": dict(self._dropped),
+                "in_progress": self._backlog.images + self._computing,
+                "waiting_ms": _percentiles(self._waiting_times),
+                "computing_ms": _percentiles(self._computing_times),
+                "batch_sizes": dict(sorted(self._sizes.items())),
+                "sources": self._backlog.sources,
+            }
+
+    def histograms(self, octaves: Sequence[int]) -> dict[str, tuple[list[tuple[float, int]], int, float]]:
+        """See :meth:`Stream.histograms`."""
+        with self._lock:
+            both = {"waiting": self._waiting_times, "computing": self._computing_times}
+            return {name: (times.within(octaves), times.count, times.sum) for name, times in both.items()}
+
+    def end(self) -> None:
+        """Let the thread end after what waits, without waiting for it."""
+        if os.getpid() != self._process:
+            return
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        self._closing = True
+        if self._thread is None:
+            self._ended = True
+        self._work.notify_all()
+        self._room.notify_all()
+        self._wake_readers()
+
+    def close(self, *, cancel: bool) -> None:
+        """See :meth:`Stream.close` and :meth:`Stream.cancel`."""
+        if os.getpid() != self._process:  # the thread stayed behind in the parent
+            return
+        on_thread = self._is_current()
+        if on_thread and not cancel:
+            raise RuntimeError("close() was called from a future's callback, which it would wait for; call it outside")
+        with self._lock:
+            if cancel:
+                self._settled += self._drop(self._backlog.clear("cancelled"), time.monotonic())
+            self._end()
+        if self._thread is not None and not on_thread:
+            self._thread.join()
+
+
+def _work(core: _Core) -> None:
+    while core.step():  # a finished batch's memory is gone with its step, before the next one is waited for
+        pass
+
+
+def _kind(array: Images) -> ImageKind:
+    return "uint8" if array.dtype == np.uint8 else "float"
+
+
+def _wake(waker: asyncio.Future[None]) -> None:
+    if not waker.done():
+        waker.set_result(None)
+
+
+def _percentiles(times: Histogram) -> dict[str, float | None]:
+    values = {name: times.percentile(percent) for name, percent in _PERCENTILES.items()}
+    return {name: None if value is None else round(1e3 * value, 4) for name, value in values.items()}
+
+
+def _milliseconds(name: str, value: float) -> float:
+    """Seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a number of milliseconds, 0 or more, got {value!r}")
+    return value / 1e3
