@@ -191,11 +191,12 @@ def _layer(graph: _Graph, layer: Layer, weight: Float64, bias: Float64, x: str) 
 
 def _from_uint8(graph: _Graph, config: VAEConfig) -> str:
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
-    if config.channels == 1:  # the same bytes in the same order
-        x = graph.node("Reshape", [INPUT, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
-    else:  # transposed while a pixel is one byte
-        x = graph.node("Transpose", [INPUT], perm=[0, 3, 1, 2])
-    x = graph.node("Cast", [x], to=TensorProto.FLOAT)
+    # Cast first: TensorRT knows uint8 only as the type of a network's inputs and outputs.
+    x = graph.node("Cast", [INPUT], to=TensorProto.FLOAT)
+    if config.channels == 1:  # the same values in the same order
+        x = graph.node("Reshape", [x, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
+    else:
+        x = graph.node("Transpose", [x], perm=[0, 3, 1, 2])
     return graph.node("Mul", [x, graph.constant("one_255th", np.array(1 / 255, dtype=np.float32))])
 
 
@@ -203,11 +204,12 @@ def _to_uint8(graph: _Graph, config: VAEConfig, purified: str) -> None:
     """float32 (N, C, H, W) in [0, 1] -> uint8 (N, H, W, C), rounded to nearest."""
     channels, height, width = config.image_shape
     x = graph.node("Mul", [purified, graph.constant("levels", np.array(255, dtype=np.float32))])
-    x = graph.node("Cast", [graph.node("Round", [x])], to=TensorProto.UINT8)
+    x = graph.node("Round", [x])
     if channels == 1:
-        graph.node("Reshape", [x, graph.constant("nhwc_shape", np.array([0, height, width, 1]))], output=PURIFIED)
+        x = graph.node("Reshape", [x, graph.constant("nhwc_shape", np.array([0, height, width, 1]))])
     else:
-        graph.node("Transpose", [x], output=PURIFIED, perm=[0, 2, 3, 1])
+        x = graph.node("Transpose", [x], perm=[0, 2, 3, 1])
+    graph.node("Cast", [x], output=PURIFIED, to=TensorProto.UINT8)
 
 
 def _model(graph: _Graph, checkpoint: Checkpoint, precision: str, image: str) -> onnx.ModelProto:

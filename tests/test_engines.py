@@ -397,7 +397,7 @@ def test_closing_from_a_futures_callback_is_refused(name, checkpoint):
 def test_a_forgotten_engine_ends_its_thread(checkpoint):
     engine = OpenVINOEngine.load(checkpoint, "fp32")
     engine.submit(pixels(1)[0]).result(60)
-    thread = engine._completer._thread
+    thread = engine._runner._completer._thread
     assert thread.is_alive()
     del engine
     gc.collect()

@@ -14,10 +14,8 @@ import functools
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +33,8 @@ from defense_vae_fast.engines.base import (
     check_choice,
     check_count,
 )
+from defense_vae_fast.engines.pieces import Lane, Piece, Runner
+from defense_vae_fast.engines.trial import trial_images
 
 if TYPE_CHECKING:
     import openvino
@@ -73,9 +73,9 @@ class OpenVINOEngine(Engine):
         self._lanes: dict[tuple[ImageKind, int], _Lane] = {}
         self._single: dict[ImageKind, _Lane] = {}
         self._building = threading.Lock()
-        self._completer = _Completer()
-        # The thread holds no reference to the engine, so that a forgotten engine is collected and its thread with it.
-        self._stop_completer = weakref.finalize(self, self._completer.stop)
+        self._runner = Runner(self.name)
+        # Its thread holds no reference to the engine, so that a forgotten engine is collected and its thread with it.
+        self._stop_runner = weakref.finalize(self, self._runner.stop)
 
     @classmethod
     def available(cls, device: str = "auto") -> str | None:
@@ -135,7 +135,7 @@ class OpenVINOEngine(Engine):
             purified = self._output(batch, out)
             if len(batch) > 1:
                 scores = np.empty(len(batch), np.float32)
-                self._run_pieces(kind, batch, purified, scores)
+                self._runner.run(self._pieces(kind, len(batch)), batch, purified, scores)
                 return purified, scores
             lane = self._single.get(kind) or self._single_lane(kind)
             slot = lane.free.get()
@@ -153,20 +153,7 @@ class OpenVINOEngine(Engine):
         """See :meth:`Engine.submit`; it waits while every request is in flight, so memory stays bounded."""
         with self._calling():
             kind = self._kind(batch)
-            pieces = list(self._pieces(kind, len(batch)))
-            job = _Job(np.empty_like(batch), np.empty(len(batch), np.float32), len(pieces))
-            for lane, start, stop in pieces:
-                slot = self._acquire(lane)
-                try:
-                    slot.start(batch[start:stop])
-                except BaseException as error:
-                    lane.free.put(slot)
-                    # The pieces already under way must land before the future may be resolved.
-                    job.error = job.error or error
-                    self._completer.put(job, None, slice(0))
-                    continue
-                self._completer.put(job, (lane, slot), slice(start, stop))
-            return job.future
+            return self._runner.submit(list(self._pieces(kind, len(batch))), batch)
 
     def close(self) -> None:
         """See :meth:`Engine.close`.
@@ -174,8 +161,7 @@ class OpenVINOEngine(Engine):
         Raises:
             RuntimeError: called from a future's callback, which would wait for itself.
         """
-        if self._completer.is_current():
-            raise RuntimeError("close() was called from a future's callback, which it would wait for; call it outside")
+        self._runner.refuse_close_from_callback()
         super().close()
 
     def warmup(self) -> None:
@@ -196,40 +182,13 @@ class OpenVINOEngine(Engine):
         }
 
     def _release(self) -> None:
-        self._stop_completer()
-        self._completer.join()
+        self._stop_runner()
+        self._runner.join()
         self._lanes.clear()
         self._single.clear()
         self._models.clear()
 
-    def _run_pieces(self, kind: ImageKind, batch: Images, purified: Images, scores: Scores) -> None:
-        flying: deque[tuple[_Lane, _Slot, slice]] = deque()
-
-        def land() -> None:
-            lane, slot, where = flying.popleft()
-            try:
-                slot.finish(purified[where], scores[where])
-            finally:
-                lane.free.put(slot)
-
-        try:
-            for lane, start, stop in self._pieces(kind, len(batch)):
-                slot = lane.try_acquire()
-                # Land our own before waiting for another thread's, or two threads could wait for each other.
-                while slot is None and flying:
-                    land()
-                    slot = lane.try_acquire()
-                slot = slot or self._acquire(lane)
-                flying.append((lane, slot, slice(start, stop)))
-                slot.start(batch[start:stop])
-            while flying:
-                land()
-        finally:
-            for lane, slot, _ in flying:  # only after an error: nothing may write into a request that went back running
-                slot.request.wait()
-                lane.free.put(slot)
-
-    def _pieces(self, kind: ImageKind, count: int) -> Iterator[tuple[_Lane, int, int]]:
+    def _pieces(self, kind: ImageKind, count: int) -> Iterator[Piece]:
         """Cut a batch: large pieces while there are enough for every stream, single images after them."""
         piece = self._piece
         large = count // piece * piece if count >= piece * self.streams else 0
@@ -241,13 +200,6 @@ class OpenVINOEngine(Engine):
             lane = self._lane(kind, 1)
             for start in range(large, count):
                 yield lane, start, start + 1
-
-    def _acquire(self, lane: _Lane) -> _Slot:
-        """A free request; a future's callback, on the completer's thread, gets a new one: it would wait for itself."""
-        slot = lane.try_acquire()
-        if slot is not None:
-            return slot
-        return lane.make_slot() if self._completer.is_current() else lane.free.get()
 
     def _single_lane(self, kind: ImageKind) -> _Lane:
         with self._building:
@@ -285,7 +237,7 @@ class OpenVINOEngine(Engine):
 
     def _disagreement(self) -> str | None:
         """Why bf16 is not to be trusted for this checkpoint, or None: both precisions on four fixed images."""
-        images = _test_images(self._shapes["uint8"])
+        images = trial_images(self._shapes["uint8"])
         ours = self._single_lane("uint8")
         reference = self._make_lane("uint8", 1, "fp32", 1, requests=1)
         difference = np.stack(
@@ -324,101 +276,24 @@ class _Slot:
         purified[...] = self.purified
         scores[...] = self.scores
 
+    def abandon(self) -> None:
+        """Wait, and leave the results."""
+        self.request.wait()
 
-class _Lane:
+
+class _Lane(Lane[_Slot]):
     """One compiled model of a fixed batch size and its idle requests."""
 
     def __init__(self, compiled: openvino.CompiledModel, requests: int) -> None:
-        self._compiled = compiled
-        self.free: SimpleQueue[_Slot] = SimpleQueue()
-        for _ in range(requests):
-            self.free.put(self.make_slot())
-
-    def make_slot(self) -> _Slot:
-        return _Slot(self._compiled)
-
-    def try_acquire(self) -> _Slot | None:
-        try:
-            return self.free.get_nowait()
-        except Empty:
-            return None
+        super().__init__(_Slot(compiled) for _ in range(requests))
 
     def infer_one(self, batch: Images) -> Images:
         slot = self.free.get()
         slot.start(batch)
-        purified, scores = np.empty_like(slot.purified), np.empty_like(slot.scores)
+        purified, scores = np.empty_like(batch), np.empty(len(batch), np.float32)
         slot.finish(purified, scores)
         self.free.put(slot)
         return purified
-
-
-class _Job:
-    """A submitted batch on its way."""
-
-    def __init__(self, purified: Images, scores: Scores, pieces: int) -> None:
-        self.future: Future[Result] = Future()
-        self.future.set_running_or_notify_cancel()  # it starts at once, so there is nothing left to cancel
-        self.purified = purified
-        self.scores = scores
-        self.pieces = pieces
-        self.error: BaseException | None = None
-
-
-_Piece = tuple[_Job, "tuple[_Lane, _Slot] | None", slice]
-
-
-class _Completer:
-    """A thread that waits for submitted requests in order, hands their results out and their slots back.
-
-    OpenVINO's own callbacks run on one thread that the next completion needs as well, so a future's callback that
-    called the engine again would stop everything; this thread needs nobody but itself.
-    """
-
-    def __init__(self) -> None:
-        self._flying: SimpleQueue[_Piece | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
-
-    def put(self, job: _Job, request: tuple[_Lane, _Slot] | None, where: slice) -> None:
-        """Follow one started piece of a job; None when the piece could not be started."""
-        self._flying.put((job, request, where))
-        if self._thread is None:
-            with self._starting:
-                if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=_complete, args=(self._flying,), name="defense_vae_fast-openvino", daemon=True
-                    )
-                    self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread after what is already in flight."""
-        self._flying.put(None)
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def is_current(self) -> bool:
-        return threading.current_thread() is self._thread
-
-
-def _complete(flying: SimpleQueue[_Piece | None]) -> None:
-    while (piece := flying.get()) is not None:
-        job, request, where = piece
-        if request is not None:
-            lane, slot = request
-            try:
-                slot.finish(job.purified[where], job.scores[where])
-            except BaseException as error:  # it belongs to the future, whatever it is
-                job.error = job.error or error
-            lane.free.put(slot)
-        job.pieces -= 1
-        if job.pieces == 0:
-            if job.error is None:
-                job.future.set_result((job.purified, job.scores))
-            else:
-                job.future.set_exception(job.error)
-        del piece, job, request  # a finished batch is not kept until the next one comes
 
 
 def _core() -> openvino.Core:
@@ -451,14 +326,3 @@ def _cores() -> int:
 def _piece(config: VAEConfig) -> int:
     """Images in one request: ``_PIECE``, fewer for large images, whose activations alone fill the caches."""
     return max(1, min(_PIECE, _PIECE * 64**2 // config.image_size**2))
-
-
-def _test_images(shape: tuple[int, int, int]) -> Images:
-    """Four fixed uint8 images: dark with a bright box, a ramp, that box under noise, noise alone."""
-    height, width, _ = shape
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    box = np.zeros(shape, np.uint8)
-    box[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 200
-    ramp = np.broadcast_to(np.linspace(0, 255, width).astype(np.uint8)[None, :, None], shape)
-    noisy = np.clip(box + (noise.astype(np.int16) - 128) // 2, 0, 255).astype(np.uint8)
-    return np.stack([box, ramp, noisy, noise])
