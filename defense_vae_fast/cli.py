@@ -291,7 +291,7 @@ def info() -> None:
 
     console = _console()
     console.print("engines, in the order in which 'auto' tries them")
-    for name, reason in _engine_states().items():
+    for name, reason in _engine_states(every=True).items():
         console.print(f"  {name}: {reason}")
     console.print("purifiers that come with the library")
     names = list_pretrained()
@@ -308,21 +308,23 @@ def info() -> None:
     console.print("  " + ", ".join(f"{name} {version}" for name, version in _versions().items()))
 
 
-def _engine_states() -> dict[str, str]:
-    """For each engine whether "auto" takes it here, or why not."""
-    from defense_vae_fast.engines import ENGINES
+def _engine_states(*, every: bool = False) -> dict[str, str]:
+    """For each engine that "auto" considers on this machine, or for ``every`` one, whether it takes it or why not."""
+    from defense_vae_fast.engines import ENGINES, candidates, label
 
+    considered = [(label(engine, device), engine, device) for engine, device in candidates()]
+    others = [(engine.name, engine, "auto") for engine in ENGINES if engine not in [row[1] for row in considered]]
     states: dict[str, str] = {}
     chosen = None
-    for engine in ENGINES:
-        reason = engine.available()
+    for name, engine, device in [*considered, *(others if every else [])]:
+        reason = engine.available(device)
         if reason is not None:
-            states[engine.name] = f"not available: {reason}"
+            states[name] = f"not available: {reason}"
         elif chosen is None:
-            chosen = engine.name
-            states[engine.name] = "works here; 'auto' takes it, the first in the order that works"
+            chosen = name
+            states[name] = "works here; 'auto' takes it, the first in the order that works"
         else:
-            states[engine.name] = f"works here; 'auto' prefers {chosen}, --engine {engine.name} takes it"
+            states[name] = f"works here; 'auto' prefers {chosen}, --engine {engine.name} takes it"
     return states
 
 

@@ -1,7 +1,7 @@
 """Checkpoint -> ONNX: the one inference graph that the compiled engines share, written without torch.
 
 BatchNorm is folded into the convolutions in float64. Precision is part of the graph (a strongly typed TensorRT network
-has no other place for it), and so is the image format: float NCHW or uint8 NHWC.
+has no other place for it), and so is the image format: float or half NCHW, or uint8 NHWC.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from defense_vae_fast.architecture import BATCH_NORM_EPSILON, Layer, VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
 
 Precision = Literal["fp32", "fp16"]
-ImageKind = Literal["float", "uint8"]
+ImageKind = Literal["float", "uint8", "half"]
 
 INPUT = "images"
 PURIFIED = "purified"
@@ -97,8 +97,10 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
     Inputs and outputs::
 
         images    image="float": float32 (N, C, H, W) in [0, 1];   image="uint8": uint8 (N, H, W, C)
+                  image="half": float16 (N, C, H, W) in [0, 1]
         purified  the same type and layout; uint8 is rounded to nearest
-        score     float32 (N,): mean |x - x_hat| over all pixels in [0, 1] units, taken before the rounding
+        score     float32 (N,): mean |x - x_hat| over all pixels in [0, 1] units, taken before the rounding;
+                  "half" has none: its images come from the kernels in ``csrc/``, which compute it as well
 
     Args:
         checkpoint: the purifier.
@@ -111,19 +113,25 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
     """
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"precision: expected 'fp32' or 'fp16', got {precision!r}")
-    if image not in ("float", "uint8"):
-        raise ValueError(f"image: expected 'float' or 'uint8', got {image!r}")
+    if image not in ("float", "uint8", "half"):
+        raise ValueError(f"image: expected 'float', 'uint8' or 'half', got {image!r}")
+    if image == "half" and precision != "fp16":
+        raise ValueError(f"image: expected 'float' or 'uint8' with precision {precision!r}, got 'half'; use fp16")
     config = checkpoint.config
     graph = _Graph(np.dtype(np.float16 if precision == "fp16" else np.float32))
 
-    pixels = INPUT if image == "float" else _from_uint8(graph, config)
-    x = graph.node("Cast", [pixels], to=TensorProto.FLOAT16) if precision == "fp16" else pixels
+    pixels = _from_uint8(graph, config) if image == "uint8" else INPUT
+    convert = precision == "fp16" and image != "half"
+    x = graph.node("Cast", [pixels], to=TensorProto.FLOAT16) if convert else pixels
     x = _network(graph, checkpoint, x)
     logits = graph.node("Cast", [x], to=TensorProto.FLOAT) if precision == "fp16" else x
     # Sigmoid before the pixel shuffle: beside its convolution it is fused, and OpenVINO's bf16 logits stay float32.
     tiles = graph.node("Sigmoid", [logits])
     output = PURIFIED if image == "float" else None
     purified = graph.node("DepthToSpace", [tiles], output=output, blocksize=TILE, mode="CRD")
+    if image == "half":
+        graph.node("Cast", [purified], output=PURIFIED, to=TensorProto.FLOAT16)
+        return _model(graph, checkpoint, precision, image)
     if image == "uint8":
         _to_uint8(graph, config, purified)
     error = graph.node("Abs", [graph.node("Sub", [pixels, purified])])
@@ -214,17 +222,17 @@ def _to_uint8(graph: _Graph, config: VAEConfig, purified: str) -> None:
 
 def _model(graph: _Graph, checkpoint: Checkpoint, precision: str, image: str) -> onnx.ModelProto:
     channels, height, width = checkpoint.config.image_shape
-    kind = TensorProto.FLOAT if image == "float" else TensorProto.UINT8
-    size = (channels, height, width) if image == "float" else (height, width, channels)
+    kind = {"float": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "half": TensorProto.FLOAT16}[image]
+    size = (height, width, channels) if image == "uint8" else (channels, height, width)
+    outputs = [helper.make_tensor_value_info(PURIFIED, kind, ["batch", *size])]
+    if image != "half":
+        outputs.append(helper.make_tensor_value_info(SCORE, TensorProto.FLOAT, ["batch"]))
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
             f"defense_vae_{channels}x{height}x{width}_{precision}_{image}",
             [helper.make_tensor_value_info(INPUT, kind, ["batch", *size])],
-            [
-                helper.make_tensor_value_info(PURIFIED, kind, ["batch", *size]),
-                helper.make_tensor_value_info(SCORE, TensorProto.FLOAT, ["batch"]),
-            ],
+            outputs,
             graph.constants,
         ),
         producer_name="defense_vae_fast",

@@ -30,7 +30,7 @@ from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint, save_checkp
 from defense_vae_fast.engines import ENGINES
 
 ROOT = Path(__file__).parents[1]
-ENGINE_NAMES = [engine.name for engine in ENGINES]
+ENGINE_NAMES = [engine.name for engine in ENGINES if "cpu" in engine.devices]
 Array = np.ndarray[Any, Any]
 
 

@@ -121,7 +121,7 @@ class Runner:
         self._completer.stop()
 
     def join(self) -> None:
-        """Wait for the end that :meth:`stop` asked for."""
+        """Wait for the end that :meth:`stop` asked for; on the thread itself there is nothing to wait for."""
         self._completer.join()
 
     def acquire(self, lane: Lane[AnySlot]) -> AnySlot:
@@ -210,7 +210,7 @@ class _Completer:
         self._flow.flying.put(None)
 
     def join(self) -> None:
-        if self._thread is not None:
+        if self._thread is not None and not self.is_current():
             self._thread.join()
 
     def is_current(self) -> bool:

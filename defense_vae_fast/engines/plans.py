@@ -1,12 +1,13 @@
 """TensorRT plans: built from the ONNX graph, kept in a cache, checked before they are loaded.
 
 One code path for three packages with the same API: ``tensorrt`` (10.3 or later, builds and runs), ``tensorrt_rtx``
-(builds without any GPU, for all of its compute capabilities; runs), ``tensorrt_lean`` (runs what ``tensorrt`` built with
-``lean=True``).
+(builds without any GPU, for all of its compute capabilities; runs), ``tensorrt_lean`` (runs what ``tensorrt`` built
+with ``lean=True``).
 
 A plan is three files with one stem: ``.plan``, the binary that TensorRT reads; ``.safetensors``, trial images and what
-float32 makes of them; ``.json``, the header: everything that the plan depends on, and the digests of the two others. The
-header is written last and read first. A plan is native code: nothing of it is loaded unless header and digests match.
+float32 makes of them; ``.json``, the header: everything that the plan depends on, and the digests of the two others.
+The header is written last and read first. A plan is native code: nothing of it is loaded unless header and digests
+match.
 """
 
 from __future__ import annotations
@@ -22,23 +23,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 from safetensors import SafetensorError
 from safetensors.numpy import load as _parse
 from safetensors.numpy import save as _serialize
 
-from defense_vae_fast import __version__
+from defense_vae_fast import __version__, cache
 from defense_vae_fast.atomic import replacing
 from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.engines.base import EngineUnavailable
 from defense_vae_fast.engines.trial import trial_images
 
+if TYPE_CHECKING:
+    from defense_vae_fast.onnx_graph import ImageKind
+
 FORMAT = 1
-Kind = Literal["uint8", "float", "half"]
 Target = dict[str, Any]
 Progress = Callable[[str, float], None]
 """Called with the builder's phase and the share of it that is done, 0 to 1; from the builder's own threads."""
@@ -46,6 +48,10 @@ Progress = Callable[[str, float], None]
 WORKSPACE_BYTES = 1 << 30
 TRUSTED_FOLDER = "DEFENSE_VAE_FAST_PLANS"
 """Environment variable: a folder of plans made elsewhere by ``defense-vae-fast export``, which the operator trusts."""
+
+# fp16 keeps 11 bits: a trained network moves by less than half a grey level. Beyond these it is broken, not rounded.
+MEAN_TOLERANCE = 0.5
+MAX_TOLERANCE = 8.0
 
 _MAX_HEADER_BYTES = 1 << 20
 _FEW_PIXELS = 64 * 64  # larger images have one trial image instead of four: a plan's vectors stay below 40 MB
@@ -118,7 +124,7 @@ class Key:
     library_version: str
     checkpoint: str
     graph: str
-    kind: Kind
+    kind: ImageKind
     buckets: tuple[int, ...]
     workspace: int
     lean: bool
@@ -158,11 +164,39 @@ class Plan:
     header: dict[str, Any]
     path: Path | None = field(default=None, compare=False)
 
+    def trial(self, count: int) -> npt.NDArray[Any]:
+        """``count`` trial images as this plan takes them: uint8 (N, H, W, C), or float32 or float16 (N, C, H, W)."""
+        images: npt.NDArray[Any] = self.images[np.arange(count) % len(self.images)]
+        kind = self.header["key"]["kind"]
+        if kind == "uint8":
+            return images
+        pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+        return pixels.astype(np.float16) if kind == "half" else pixels
+
+    def disagreement(self, purified: npt.NDArray[Any], scores: npt.NDArray[np.float32]) -> str | None:
+        """How the results for :meth:`trial` images differ from float32 by more than rounding, or None."""
+        turn = np.arange(len(purified)) % len(self.images)
+        expected = 255 * self.purified[turn]
+        rounding = 0.0
+        if purified.dtype == np.uint8:
+            expected, rounding = expected.transpose(0, 2, 3, 1), 0.5
+        levels = purified.astype(np.float32) * (1 if purified.dtype == np.uint8 else 255)
+        error = np.abs(levels - expected)
+        mean, largest = float(error.mean()), float(error.max())
+        score = 255 * float(np.abs(scores - self.scores[turn]).max())
+        # Written so that a NaN fails.
+        if mean <= MEAN_TOLERANCE + rounding and largest <= MAX_TOLERANCE + rounding and score <= MEAN_TOLERANCE:
+            return None
+        return (
+            f"differs from float32 by {mean:.2f} grey levels on average, {largest:.1f} at most and {score:.2f} in the "
+            f"score; expected at most {MEAN_TOLERANCE}, {MAX_TOLERANCE} and {MEAN_TOLERANCE}, rounding aside"
+        )
+
 
 def make_key(
     package: Package,
     checkpoint: Checkpoint,
-    kind: Kind,
+    kind: ImageKind,
     target: Target,
     buckets: Sequence[int],
     *,
@@ -189,7 +223,7 @@ def make_key(
 
 
 def build(package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, progress: Progress | None = None) -> Plan:
-    """Build a plan; seconds with TensorRT-RTX, minutes with TensorRT.
+    """Build a plan; seconds with TensorRT-RTX, minutes with TensorRT, with a progress bar on a terminal.
 
     The network is strongly typed: fp16 wherever the graph says so, float32 for the sigmoid and the score. No flag lets
     the builder choose another precision.
@@ -220,11 +254,10 @@ def build(package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, prog
         profile = builder.create_optimization_profile()
         profile.set_shape(network.get_input(0).name, *shape)
         config.add_optimization_profile(profile)
-    monitor = _make_monitor(trt, progress) if progress is not None else None
-    if monitor is not None:
-        config.progress_monitor = monitor
     _log.info("%s: building for %s images, batches of %s", package.module, key.kind, list(key.buckets))
-    with _timing_cache(package, key, config):
+    with _timing_cache(package, key, config), _shown(progress, f"{package.module}, {key.kind} images") as report:
+        monitor = _make_monitor(trt, report)
+        config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         told = "; ".join(logger.errors) or "it did not say why"
@@ -327,21 +360,8 @@ def discard(plan: Plan) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of cached plans, made for this user alone.
-
-    Raises:
-        EngineUnavailable: it belongs to another user, or others may write to it: what lies there could be anybody's.
-    """
-    folder = platformdirs.user_cache_path("defense-vae-fast") / "plans"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid"):
-        state = folder.stat()
-        if state.st_uid != os.getuid() or state.st_mode & 0o022:
-            raise EngineUnavailable(
-                f"{folder}: expected a folder that only this user (uid {os.getuid()}) may write to, got owner "
-                f"{state.st_uid} and mode {state.st_mode & 0o777:o}; use: chmod 700, or remove it"
-            )
-    return folder
+    """The folder of cached plans; PermissionError where others than this user may write to it."""
+    return cache.folder("plans")
 
 
 def compute_capabilities(package: Package) -> tuple[str, ...]:
@@ -395,6 +415,23 @@ def _make_monitor(trt: Any, report: Progress) -> Any:
             report(phase_name, 1.0)
 
     return Monitor()
+
+
+@contextmanager
+def _shown(progress: Progress | None, title: str) -> Iterator[Progress]:
+    """The caller's way of showing progress, or else a bar on standard error where that is a terminal."""
+    if progress is not None:
+        yield progress
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=1.0)
+        # Phases lie inside phases; the one that moved last is the one to look at.
+        yield lambda phase, share: bar.update(task, description=f"{title}: {phase}", completed=share)
 
 
 def _profiles(network: Any, buckets: Sequence[int]) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -453,12 +490,15 @@ def _vectors(
 
 def _search(folder: Path, wanted: Key) -> Plan | None:
     """The first plan in a folder that fits; those that do not are passed over, with the reason in the log."""
-    for header in sorted(folder.glob("*.json")):
-        try:
-            return read(header.with_suffix(".plan"), wanted)
-        except PlanRejected as reason:
-            _log.debug("plan passed over: %s", reason)
-    return None
+    return next(filter(None, (_read_or_pass(path, wanted) for path in sorted(folder.glob("*.json")))), None)
+
+
+def _read_or_pass(header: Path, wanted: Key) -> Plan | None:
+    try:
+        return read(header.with_suffix(".plan"), wanted)
+    except PlanRejected as reason:
+        _log.debug("plan passed over: %s", reason)
+        return None
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -474,7 +514,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     buckets = key["buckets"]
     if not isinstance(buckets, list) or not buckets or not all(type(bucket) is int for bucket in buckets):
         raise PlanRejected(f"{path.name}: expected a list of batch sizes, got {buckets!r}")
-    return header
+    return dict(header)
 
 
 def _misfit(key: dict[str, Any], wanted: Key) -> str | None:

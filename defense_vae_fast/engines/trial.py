@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 
 def trial_images(shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    """Four fixed uint8 images of ``shape`` (H, W, C): dark with a bright box, a ramp, that box in noise, noise alone."""
+    """Four fixed uint8 images of ``shape`` (H, W, C): a bright box on black, a ramp, that box in noise, noise alone."""
     height, width, _ = shape
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     box = np.zeros(shape, np.uint8)
