@@ -393,7 +393,7 @@ def compile_kernels(compute_capability: str) -> tuple[bytes, str]:
     try:
         code = Program(KERNELS.read_text(), "c++", options).compile("cubin", logs=log)
     except Exception as error:  # cuda.core's errors have no common class
-        raise CompileError(f"{KERNELS.name} for sm_{compute_capability}: {error} {log.getvalue()}") from error
+        raise CompileError(f"{KERNELS.name} for {options.arch}: {error} {log.getvalue()}".strip(" \0\n")) from error
     return bytes(code.code), log.getvalue()
 
 

@@ -207,7 +207,7 @@ def test_the_binary_is_not_opened_before_its_header_fits(built, checkpoint, monk
     path = plans.write(plan, cache.folder("plans") / "x.plan")
     edit_header(path, lambda header: header["key"].update(graph="0" * 64))
     opened = []
-    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self.suffix) or open(self, "rb").read())
+    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self.suffix) or self.open("rb").read())
     with pytest.raises(plans.PlanRejected):
         plans.read(path, key)
     assert opened == [".json"]
@@ -224,10 +224,9 @@ def test_whatever_matters_changes_the_key(checkpoint):
         key_of(checkpoint, buckets=(1,)),
         key_of(checkpoint, capabilities=("8.6",)),
     ]
-    stems = [key.stem for key, _ in keys]
     first = keys[0][0]
-    for change in ({"workspace": 1}, {"lean": True}, {"package_version": "9"}, {"library_version": "9"}, {"format": 9}):
-        stems.append(replace(first, **change).stem)
+    changes = ({"workspace": 1}, {"lean": True}, {"package_version": "9"}, {"library_version": "9"}, {"format": 9})
+    stems = [key.stem for key, _ in keys] + [replace(first, **change).stem for change in changes]
     assert len(set(stems)) == len(stems)
     assert key_of(checkpoint)[0] == first
 

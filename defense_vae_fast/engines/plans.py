@@ -170,7 +170,7 @@ class Plan:
         kind = self.header["key"]["kind"]
         if kind == "uint8":
             return images
-        pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+        pixels: npt.NDArray[Any] = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
         return pixels.astype(np.float16) if kind == "half" else pixels
 
     def disagreement(self, purified: npt.NDArray[Any], scores: npt.NDArray[np.float32]) -> str | None:
