@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ KERNELS = Path(__file__).parent / "csrc" / "frames.cu"
 KERNEL_NAMES = ("gather_frames", "scatter_frames", "reconstruction_error")
 BLOCK = 256
 """Threads in a block of every kernel, as their launch bounds say."""
+_CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 class CudaError(RuntimeError):
@@ -65,15 +66,48 @@ def missing() -> str | None:
     return None if count else "there is no CUDA device"
 
 
+class Description(NamedTuple):
+    """What the driver says of a GPU; ``memory`` is in bytes, ``driver_version`` the CUDA version that it supports."""
+
+    name: str
+    compute_capability: str
+    memory: int
+    driver_version: str
+
+
 @functools.cache
-def has_device() -> bool:
-    """Whether an NVIDIA driver with a device is here; asks the driver's library alone, no package."""
+def devices() -> tuple[Description, ...]:
+    """The GPUs that this process sees; asks the driver's library alone, no package."""
     try:
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-        count = ctypes.c_int(0)
-        return library.cuInit(0) == 0 and library.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    except (OSError, AttributeError):
-        return False
+    except OSError:
+        return ()
+    count, version = ctypes.c_int(0), ctypes.c_int(0)
+    if library.cuInit(0) != 0 or library.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    found = []
+    for ordinal in range(count.value):
+        device, name, memory = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_size_t(0)
+        library.cuDeviceGet(ctypes.byref(device), ordinal)
+        library.cuDeviceGetName(name, len(name), device)
+        library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        capability = [ctypes.c_int(0), ctypes.c_int(0)]
+        for value, attribute in zip(capability, _CAPABILITY_ATTRIBUTES, strict=True):
+            library.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        text = ".".join(str(value.value) for value in capability)
+        found.append(Description(name.value.decode(), text, memory.value, _cuda_version(version.value)))
+    return tuple(found)
+
+
+def has_device() -> bool:
+    """Whether an NVIDIA driver with a device is here."""
+    return bool(devices())
+
+
+def _cuda_version(number: int) -> str:
+    """13020 -> "13.2"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def driver_missing() -> str | None:
@@ -98,10 +132,7 @@ def current_ordinal() -> int:
 
 def compute_capability(ordinal: int) -> str:
     """Such as "9.0", without a context."""
-    import pycuda.driver as driver
-
-    driver.init()
-    return "{}.{}".format(*driver.Device(ordinal).compute_capability())
+    return devices()[ordinal].compute_capability
 
 
 def _installed(module: str) -> bool:
@@ -139,8 +170,7 @@ class Device:
         self.ordinal = ordinal
         self.name = str(device.name())
         self.compute_capability = "{}.{}".format(*device.compute_capability())
-        version = int(driver.get_driver_version())
-        self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
+        self.driver_version = _cuda_version(int(driver.get_driver_version()))
         # Not a context of our own: memory of one context is not another's, and each costs some 300 MB.
         self._context = device.retain_primary_context()
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -692,7 +692,7 @@ ROWS = [
     {"onnx_graph", "contact_sheet", "nn", "cuda"},
     {"engines"},
     {"purifier"},
-    {"demo", "purify"},
+    {"demo", "purify", "export", "doctor"},
     {"cli"},
 ]
 

@@ -231,6 +231,17 @@ def test_whatever_matters_changes_the_key(checkpoint):
     assert key_of(checkpoint)[0] == first
 
 
+def test_a_plan_from_elsewhere_needs_the_buckets_in_use_alone(built, checkpoint, tmp_path, monkeypatch):
+    key, graph, plan = built
+    plans.write(plan, tmp_path / "some.plan")
+    monkeypatch.setenv(plans.TRUSTED_FOLDER, str(tmp_path))
+    monkeypatch.setattr(plans, "build", None)
+    wide = replace(key, buckets=BUCKETS)
+    assert plans.obtain(plans.RTX, checkpoint, wide, graph, (1, 8)).buckets == (1, 8)
+    with pytest.raises(TypeError):  # not found, and building is forbidden here
+        plans.obtain(plans.RTX, checkpoint, wide, graph, (1, 8, 32))
+
+
 def test_a_trusted_folder_comes_first_and_is_left_alone(built, checkpoint, tmp_path, monkeypatch):
     key, graph, plan = built
     path = plans.write(plan, tmp_path / "shipped" / "fashion.plan")

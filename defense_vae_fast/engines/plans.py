@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,8 +173,11 @@ class Plan:
         pixels: npt.NDArray[Any] = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
         return pixels.astype(np.float16) if kind == "half" else pixels
 
-    def disagreement(self, purified: npt.NDArray[Any], scores: npt.NDArray[np.float32]) -> str | None:
-        """How the results for :meth:`trial` images differ from float32 by more than rounding, or None."""
+    def disagreement(self, purified: npt.NDArray[Any], scores: npt.NDArray[np.float32] | None) -> str | None:
+        """How the results for :meth:`trial` images differ from float32 by more than rounding, or None.
+
+        ``scores`` is None for "half" images, whose graph makes none.
+        """
         turn = np.arange(len(purified)) % len(self.images)
         expected = 255 * self.purified[turn]
         rounding = 0.0
@@ -183,7 +186,7 @@ class Plan:
         levels = purified.astype(np.float32) * (1 if purified.dtype == np.uint8 else 255)
         error = np.abs(levels - expected)
         mean, largest = float(error.mean()), float(error.max())
-        score = 255 * float(np.abs(scores - self.scores[turn]).max())
+        score = 0.0 if scores is None else 255 * float(np.abs(scores - self.scores[turn]).max())
         # Written so that a NaN fails.
         if mean <= MEAN_TOLERANCE + rounding and largest <= MAX_TOLERANCE + rounding and score <= MEAN_TOLERANCE:
             return None
@@ -317,21 +320,31 @@ def read(path: Path, wanted: Key) -> Plan:
         raise PlanRejected(f"{path.name}: unreadable vectors: {error}") from error
 
 
-def obtain(package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, progress: Progress | None = None) -> Plan:
+def obtain(
+    package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, needed: Sequence[int] | None = None
+) -> Plan:
     """The plan from the trusted folder or the cache; where neither has it, it is built and cached.
 
     Of several processes that want the same plan one builds, and the others wait for it.
+
+    Args:
+        package: what builds or runs it.
+        checkpoint: the purifier.
+        key: from :func:`make_key`, with the graph.
+        graph: see there.
+        needed: buckets that a plan made elsewhere must have; those of the key by default.
 
     Raises:
         BuildError: it could not be built; with the lean runtime, there is no plan and no builder.
     """
     from filelock import FileLock
 
-    if (trusted := os.environ.get(TRUSTED_FOLDER)) and (plan := _search(Path(trusted), key)):
+    elsewhere = replace(key, buckets=key.buckets if needed is None else tuple(needed))
+    if (trusted := os.environ.get(TRUSTED_FOLDER)) and (plan := _search(Path(trusted), elsewhere)):
         return plan
     folder = cache_folder()
     if not package.builds:
-        if plan := _search(folder, key):
+        if plan := _search(folder, elsewhere):
             return plan
         raise BuildError(
             f"{package.module} has no builder, and no plan for this checkpoint, GPU and version lies in {folder} or in "
@@ -345,7 +358,7 @@ def obtain(package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, pro
                 return read(path, key)
             except PlanRejected as reason:
                 _log.warning("cached plan rejected, building again: %s", reason)
-        plan = build(package, checkpoint, key, graph, progress)
+        plan = build(package, checkpoint, key, graph)
         write(plan, path)
         return read(path, key)
 

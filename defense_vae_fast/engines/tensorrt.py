@@ -8,6 +8,7 @@ one piece run beside the computing of another.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 import weakref
@@ -47,7 +48,8 @@ _DTYPES: dict[ImageKind, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "half": np.dtype(np.float16),
 }
-_KIND: dict[np.dtype[Any], ImageKind] = {_DTYPES["uint8"]: "uint8", _DTYPES["float"]: "float"}
+_KIND = {dtype: kind for kind, dtype in _DTYPES.items()}
+_HOST_KINDS: tuple[ImageKind, ...] = ("uint8", "float")  # what engines take; "half" is for frames, prepared when asked
 # A frame to read and the frame to write, as they lie in the table that a worker copies to the GPU.
 _FRAME_PAIR = np.dtype([("frame", TABLE), ("result", TABLE)])
 _SCATTER_BLOCKS = 64  # threads stride over a frame's pixels, so that one captured launch serves frames of any size
@@ -241,8 +243,15 @@ class TensorRTEngine(Engine):
             try:
                 self._load_kind("half")
                 for worker in workers:
-                    worker.add_frames(self._loaded["half"], self._shapes["float"], filter)
+                    worker.add(self._loaded["half"], self._shapes["float"])
+                    worker.add_frames(self._shapes["float"], filter)
+                self._accept(self._loaded["half"])
                 self._frame_filter = filter
+            except cuda.CudaMemoryError as error:
+                raise DeviceMemoryError(
+                    f"frames do not fit into the memory of {self._gpu.name} beside the rest: {error}; free some, or "
+                    "load the engine with a smaller max_batch or fewer streams"
+                ) from error
             finally:
                 for worker in workers:
                     self._lane.free.put(worker)
@@ -313,7 +322,7 @@ class TensorRTEngine(Engine):
 
     def _prepare(self) -> None:
         """Plans, memory, workers, graphs, and the comparison with float32."""
-        for kind in _KIND.values():
+        for kind in _HOST_KINDS:
             self._load_kind(kind)
         wanted = self.streams * self._bytes_per_worker()
         free, total = self._gpu.free_memory()
@@ -327,11 +336,11 @@ class TensorRTEngine(Engine):
         try:
             for _ in range(self.streams):
                 self._workers.append(_Worker(self._gpu, self._buckets, self._health))
-                for kind in _KIND.values():
-                    self._workers[-1].add(self._loaded[kind], self._shapes[kind])  # type: ignore[index]
+                for kind in _HOST_KINDS:
+                    self._workers[-1].add(self._loaded[kind], self._shapes["uint8" if kind == "uint8" else "float"])
         except cuda.CudaMemoryError as error:
             raise memory from error
-        for kind in _KIND.values():
+        for kind in _HOST_KINDS:
             self._accept(self._loaded[kind])
 
     def _bytes_per_worker(self) -> int:
@@ -343,15 +352,11 @@ class TensorRTEngine(Engine):
     def _load_kind(self, kind: ImageKind) -> None:
         lean = self.package is plans.LEAN
         gpu = self._gpu
-        target: plans.Target = (
-            {"compute_capabilities": [gpu.compute_capability]}
-            if self.package.portable
-            else {"gpu": gpu.name, "compute_capability": gpu.compute_capability, "driver": gpu.driver_version}
-        )
+        target = {"compute_capabilities": [gpu.compute_capability]} if self.package.portable else target_of(gpu)
         key, graph = plans.make_key(self.package, self._checkpoint, kind, target, self._planned, lean=lean)
         for _ in range(2):  # a plan from elsewhere that does not load is replaced by one built here
             with gpu:
-                plan = plans.obtain(self.package, self._checkpoint, key, graph)
+                plan = plans.obtain(self.package, self._checkpoint, key, graph, self._buckets)
                 engine = self._runtime.deserialize_cuda_engine(plan.data)
             if engine is not None:
                 self._loaded[kind] = _Loaded(self._trt, engine, plan, kind, specialises=self.package.portable)
@@ -361,22 +366,40 @@ class TensorRTEngine(Engine):
 
     def _accept(self, loaded: _Loaded) -> None:
         """Every graph of every worker on the plan's trial images; a failing plan leaves the cache."""
-        plan = loaded.plan
         for worker in self._workers:
-            for bucket in self._buckets:
-                given = plan.trial(bucket)
-                purified, scores = np.empty_like(given), np.empty(bucket, np.float32)
-                worker.start(given)
-                worker.finish(purified, scores)
-                if reason := plan.disagreement(purified, scores):
-                    plans.discard(plan)
-                    raise AcceptanceError(
-                        f"the {self.name} engine for {loaded.kind} images at batch {bucket} {reason}; "
-                        "its plan was removed"
-                    )
+            worker.accept(loaded)
 
     def _release(self) -> None:
         self._free()
+
+
+def target_of(device: cuda.Device) -> plans.Target:
+    """What a plan that is no portable one is built for."""
+    return {"gpu": device.name, "compute_capability": device.compute_capability, "driver": device.driver_version}
+
+
+def accept(package: plans.Package, plan: plans.Plan) -> None:
+    """Run a plan on this machine's GPU, each of its batch sizes, and compare with float32.
+
+    Raises:
+        AcceptanceError: the numbers differ by more than rounding.
+        BuildError: the plan does not load.
+    """
+    trt, device = package.load(), cuda.Device.get(cuda.current_ordinal())
+    kind: ImageKind = plan.header["key"]["kind"]
+    with device:
+        runtime = trt.Runtime(plans.make_logger(trt))
+        engine = runtime.deserialize_cuda_engine(plan.data)
+    if engine is None:
+        raise plans.BuildError(f"{package.module} does not load the plan that it built; see its log")
+    loaded = _Loaded(trt, engine, plan, kind, specialises=package.portable)
+    worker = _Worker(device, plan.buckets, _Health(device))
+    try:
+        worker.add(loaded, plan.trial(1).shape[1:])
+        worker.accept(loaded)
+    finally:
+        with device:
+            worker.free()
 
 
 def _free(runner: Runner, device: cuda.Device, workers: list[_Worker], loaded: dict[ImageKind, _Loaded]) -> None:
@@ -481,7 +504,7 @@ class _Step(NamedTuple):
 
     context: Any  # kept alive: the graphs call into what it owns
     whole: cuda.Graph
-    network: cuda.Graph | None
+    network: cuda.Graph
 
 
 class _Worker:
@@ -491,50 +514,67 @@ class _Worker:
         self._device = device
         self._buckets = buckets
         self._health = health
-        self._workspaces: dict[ImageKind, tuple[int, int]] = {}
         self._kinds: dict[ImageKind, _Buffers] = {}
         self._steps: dict[tuple[ImageKind, int], _Step] = {}
-        self._flying: tuple[ImageKind, int] | None = None
+        self._frame_graphs: dict[int, cuda.Graph] = {}
+        self._tables: list[Images] = []
+        self._flying: tuple[_Buffers, int] | None = None
         with device:
             self.stream = cuda.Stream(device)
             self._memory = cuda.Memory(device)
 
-    def add(self, loaded: _Loaded, shape: tuple[int, int, int]) -> None:
-        """Prepare for host images of the engine's kind and ``shape``, and for device images of it."""
+    def add(self, loaded: _Loaded, shape: tuple[int, ...]) -> None:
+        """Prepare for images of the engine's kind and ``shape``, in host memory and in device memory."""
         with self._device:
-            self._add(loaded, shape, self._copy_in, self._copy_out, also_alone=True)
+            self._add(loaded, shape)
 
-    def add_frames(self, loaded: _Loaded, shape: tuple[int, int, int], filter: Filter) -> None:
-        """Prepare for frames; ``loaded`` is the engine for "half" images."""
+    def add_frames(self, shape: tuple[int, int, int], filter: Filter) -> None:
+        """Prepare for frames, once the engine for "half" images is there; ``shape`` is (C, H, W)."""
         channels, size, _ = shape
         gather = self._device.kernel("gather_frames", "PPiii")
         error = self._device.kernel("reconstruction_error", "PPPi")
         scatter = self._device.kernel("scatter_frames", "PPiii")
         block, stream, chosen = (cuda.BLOCK, 1, 1), self.stream.pycuda, FILTERS.index(filter)
+        driver, buffers = self._device.driver, self._kinds["half"]
         with self._device:
             largest = self._buckets[-1]
             frames, results = (self._memory.allocate(largest * TABLE.itemsize) for _ in range(2))
             self._tables = [self._memory.pinned((largest,), TABLE) for _ in range(2)]
 
-            def copy_in(buffers: _Buffers, bucket: int) -> None:
-                driver = self._device.driver
+            def whole(bucket: int) -> None:
                 for address, table in zip((frames, results), self._tables, strict=True):
                     driver.memcpy_htod_async(address, table[:bucket], stream)
                 blocks = -(-size * size // cuda.BLOCK)
                 gather.prepared_async_call(
                     (blocks, bucket, 1), block, stream, frames, buffers.given, channels, size, chosen
                 )
-
-            def copy_out(buffers: _Buffers, bucket: int) -> None:
+                self._execute(self._steps["half", bucket].context)
                 error.prepared_async_call(
                     (bucket, 1, 1), block, stream, buffers.given, buffers.purified, buffers.scores, channels * size**2
                 )
                 scatter.prepared_async_call(
                     (_SCATTER_BLOCKS, bucket, 1), block, stream, results, buffers.purified, channels, size, chosen
                 )
-                self._device.driver.memcpy_dtoh_async(buffers.host_scores[:bucket], buffers.scores, stream)
+                driver.memcpy_dtoh_async(buffers.host_scores[:bucket], buffers.scores, stream)
 
-            self._add(loaded, shape, copy_in, copy_out, also_alone=False)
+            for bucket in self._buckets:
+                whole(bucket)  # with empty tables: kernels are loaded at a first use, which cannot be captured
+                self.stream.synchronize()
+                self._frame_graphs[bucket] = self.stream.capture(functools.partial(whole, bucket))
+
+    def accept(self, loaded: _Loaded) -> None:
+        """Run every bucket on the plan's trial images; AcceptanceError, and the plan goes, if they differ."""
+        plan = loaded.plan
+        for bucket in self._buckets:
+            given = plan.trial(bucket)
+            purified, scores = np.empty_like(given), np.empty(bucket, np.float32)
+            self.start(given)
+            self.finish(purified, scores)
+            if reason := plan.disagreement(purified, scores if loaded.scored else None):
+                plans.discard(plan)
+                raise AcceptanceError(
+                    f"the engine for {loaded.kind} images at batch {bucket} {reason}; its plan is not used"
+                )
 
     def start(self, batch: Images) -> None:
         """Copy images, or a table of frames, to pinned memory and launch the graph."""
@@ -542,23 +582,24 @@ class _Worker:
         count = len(batch)
         bucket = bucket_of(count, self._buckets)
         if batch.dtype == _FRAME_PAIR:
-            kind: ImageKind = "half"
             for table, name in zip(self._tables, ("frame", "result"), strict=True):
                 table[:count] = batch[name]
                 table[count:bucket] = 0  # the kernels pass over empty rows
+            graph = self._frame_graphs[bucket]
+            self._flying = (self._kinds["half"], count)
         else:
             kind = _KIND[batch.dtype]
             self._kinds[kind].host_given[:count] = batch
-        self._flying = (kind, count)
-        self._guarded(self._steps[kind, bucket].whole.launch)
+            graph = self._steps[kind, bucket].whole
+            self._flying = (self._kinds[kind], count)
+        self._guarded(graph.launch)
 
     def finish(self, purified: Images, scores: Scores) -> None:
         """Wait for the stream and copy the results out; those of frames are where they belong already."""
         assert self._flying is not None
-        kind, count = self._flying
+        buffers, count = self._flying
         self._guarded(self.stream.synchronize)
-        buffers = self._kinds[kind]
-        if kind != "half":
+        if purified.dtype != _FRAME_PAIR:
             purified[...] = buffers.host_purified[:count]
         scores[...] = buffers.host_scores[:count]
 
@@ -572,10 +613,9 @@ class _Worker:
         """Queue copy, network and copy on device memory, in the order of the stream ``caller``; does not wait."""
         self._health.check()
         kind = _KIND[dtype]
-        step, buffers = self._steps[kind, bucket_of(count, self._buckets)], self._kinds[kind]
+        network, buffers = self._steps[kind, bucket_of(count, self._buckets)].network, self._kinds[kind]
         size = count * int(np.prod(buffers.host_given.shape[1:])) * dtype.itemsize
-        copy, network = self._device.driver.memcpy_dtod_async, step.network
-        assert network is not None
+        copy = self._device.driver.memcpy_dtod_async
 
         def queue() -> None:
             cuda.order(caller, self.stream.handle)
@@ -591,10 +631,10 @@ class _Worker:
         """Give everything back; the device's context is current."""
         try:
             self.stream.synchronize()
-            for step in self._steps.values():
-                for graph in (step.whole, step.network):
-                    if graph is not None:
-                        graph.free()
+            graphs = [graph for step in self._steps.values() for graph in (step.whole, step.network)]
+            for graph in (*graphs, *self._frame_graphs.values()):
+                graph.free()
+            self._frame_graphs.clear()
             self._steps.clear()
             self._memory.free()
             self.stream.free()
@@ -611,55 +651,50 @@ class _Worker:
             self._health.diagnose(error)
             raise RuntimeError(f"{error} on {self._device.name}; the call may be repeated") from error
 
-    def _add(
-        self,
-        loaded: _Loaded,
-        shape: tuple[int, int, int],
-        copy_in: Callable[[_Buffers, int], None],
-        copy_out: Callable[[_Buffers, int], None],
-        *,
-        also_alone: bool,
-    ) -> None:
+    def _add(self, loaded: _Loaded, shape: tuple[int, ...]) -> None:
         largest, dtype, memory = self._buckets[-1], _DTYPES[loaded.kind], self._memory
         full = (largest, *shape)
         size = int(np.prod(full)) * dtype.itemsize
-        addresses = [memory.allocate(bytes_) for bytes_ in (size, size, 4 * largest)]
-        # Frames come from device memory and go there; of theirs only the scores are copied.
-        host = [memory.pinned(full, dtype) if also_alone else np.empty(0, dtype) for _ in range(2)]
         buffers = _Buffers(
-            given=addresses[0],
-            purified=addresses[1],
-            scores=addresses[2],
-            host_given=host[0],
-            host_purified=host[1],
+            given=memory.allocate(size),
+            purified=memory.allocate(size),
+            scores=memory.allocate(4 * largest),
+            host_given=memory.pinned(full, dtype),
+            host_purified=memory.pinned(full, dtype),
             host_scores=memory.pinned((largest,), np.float32),
         )
         self._kinds[loaded.kind] = buffers
         # One workspace serves all buckets: a worker does one thing at a time.
         scratch = loaded.workspace(self._buckets)
         workspace = memory.allocate(scratch)
+        to_device, to_host = self._device.driver.memcpy_htod_async, self._device.driver.memcpy_dtoh_async
+        stream = self.stream.pycuda
+
+        def whole(context: Any, bucket: int) -> None:
+            to_device(buffers.given, buffers.host_given[:bucket], stream)
+            self._execute(context)
+            to_host(buffers.host_purified[:bucket], buffers.purified, stream)
+            to_host(buffers.host_scores[:bucket], buffers.scores, stream)
+
         for bucket in self._buckets:
             context = self._context(loaded, bucket, shape, buffers, workspace, scratch)
-
-            def network(context: Any = context) -> None:
-                if not context.execute_async_v3(self.stream.handle):
-                    raise cuda.CudaError("execute_async_v3 refused; TensorRT's log says why")
-
-            def whole(bucket: int = bucket, network: Callable[[], None] = network) -> None:
-                copy_in(buffers, bucket)
-                network()
-                copy_out(buffers, bucket)
-
-            whole()  # what is made at a first use cannot be captured
+            whole(context, bucket)  # what is made at a first use cannot be captured
             self.stream.synchronize()
-            alone = self.stream.capture(network) if also_alone else None
-            self._steps[loaded.kind, bucket] = _Step(context, self.stream.capture(whole), alone)
+            self._steps[loaded.kind, bucket] = _Step(
+                context,
+                whole=self.stream.capture(functools.partial(whole, context, bucket)),
+                network=self.stream.capture(functools.partial(self._execute, context)),
+            )
+
+    def _execute(self, context: Any) -> None:
+        if not context.execute_async_v3(self.stream.handle):
+            raise cuda.CudaError("execute_async_v3 refused; TensorRT's log says why")
 
     def _context(
         self,
         loaded: _Loaded,
         bucket: int,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         buffers: _Buffers,
         workspace: int,
         scratch: int,
@@ -678,11 +713,3 @@ class _Worker:
         if not all(done):
             raise cuda.CudaError(f"TensorRT refused profile, shape or addresses for batch {bucket}: {done}")
         return context
-
-    def _copy_in(self, buffers: _Buffers, bucket: int) -> None:
-        self._device.driver.memcpy_htod_async(buffers.given, buffers.host_given[:bucket], self.stream.pycuda)
-
-    def _copy_out(self, buffers: _Buffers, bucket: int) -> None:
-        copy, stream = self._device.driver.memcpy_dtoh_async, self.stream.pycuda
-        copy(buffers.host_purified[:bucket], buffers.purified, stream)
-        copy(buffers.host_scores[:bucket], buffers.scores, stream)
