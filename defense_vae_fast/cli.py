@@ -291,7 +291,7 @@ def info() -> None:
 
     console = _console()
     console.print("engines, in the order in which 'auto' tries them")
-    for name, reason in _engine_states().items():
+    for name, reason in _engine_states(every=True).items():
         console.print(f"  {name}: {reason}")
     console.print("purifiers that come with the library")
     names = list_pretrained()
@@ -308,21 +308,121 @@ def info() -> None:
     console.print("  " + ", ".join(f"{name} {version}" for name, version in _versions().items()))
 
 
-def _engine_states() -> dict[str, str]:
-    """For each engine whether "auto" takes it here, or why not."""
-    from defense_vae_fast.engines import ENGINES
+@main.command(
+    epilog=f"""\b
+Examples:
+  {PROGRAM} export fashion_mnist --format onnx -o models/
+  {PROGRAM} export mine.safetensors --format tensorrt-rtx -o models/     # no GPU needed
+  {PROGRAM} export fashion_mnist --format tensorrt --lean -o models/     # on the GPU that it is for"""
+)
+@click.argument("checkpoint", metavar="NAME|FILE")
+@click.option(
+    "--format", "-f", "format_", required=True, type=click.Choice(["onnx", "openvino", "tensorrt", "tensorrt-rtx"]),
+    help="What to write.",
+)  # fmt: skip
+@click.option("--output", "-o", required=True, type=_Path(), metavar="DIR", help="Folder for the files.")
+@click.option(
+    "--images", "kinds", multiple=True, type=click.Choice(["uint8", "float", "half"]), default=["uint8", "float"],
+    show_default=True,
+    help="Kind of images; may be repeated. uint8 (N, H, W, C), float or half (N, C, H, W) in [0, 1].",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16"]),
+    help="Of onnx and openvino; fp32 by default. TensorRT is fp16.",
+)  # fmt: skip
+@click.option(
+    "--max-batch", type=click.IntRange(1, 1 << 16), default=256, show_default=True,
+    help="Largest batch of a TensorRT engine.",
+)  # fmt: skip
+@click.option("--lean", is_flag=True, help="A version-compatible TensorRT engine for the lean runtime.")
+@click.option(
+    "--compute-capability", "capabilities", multiple=True, metavar="X.Y",
+    help="GPUs that a tensorrt-rtx engine is for, such as 8.9; may be repeated; all that it knows by default.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace files that exist already.")
+@_debug
+def export(
+    checkpoint: str,
+    format_: str,
+    output: Path,
+    kinds: tuple[str, ...],
+    precision: str | None,
+    max_batch: int,
+    lean: bool,
+    capabilities: tuple[str, ...],
+    force: bool,
+) -> None:
+    """Write a purifier for another program or another machine.
 
+    A TensorRT engine is three files: the .plan that TensorRT reads, and beside it what is checked before this library
+    loads it. Put them into a folder on the other machine and name it in DEFENSE_VAE_FAST_PLANS.
+    """
+    from defense_vae_fast import export as work
+
+    for kind in dict.fromkeys(kinds):
+        done = work.export(
+            checkpoint, format_, output, kind,  # type: ignore[arg-type]  # click has checked it
+            precision=precision,  # type: ignore[arg-type]
+            max_batch=max_batch, lean=lean, compute_capabilities=capabilities, force=force,
+        )  # fmt: skip
+        sizes = ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in done.paths)
+        click.echo(f"{output}: {sizes}: {done.note}")
+
+
+@main.command(
+    epilog=f"""\b
+Examples:
+  {PROGRAM} doctor
+
+\b
+Exit codes:
+  0  the engine that 'auto' takes works
+  1  it does not, or there is none"""
+)
+@click.option(
+    "--checkpoint", "-c", default="fashion_mnist", show_default=True, metavar="NAME|FILE",
+    help="The purifier that the engines are tried with.",
+)  # fmt: skip
+@_debug
+@click.pass_context
+def doctor(context: click.Context, checkpoint: str) -> None:
+    """Say what is installed, what is missing and how to get it, and try every engine."""
+    from defense_vae_fast import doctor as work
+    from defense_vae_fast.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(checkpoint)
+    console = _console()
+    for part in work.parts():
+        console.print(f"{part.name}: {part.found or f'not found; {part.advice}'}")
+    results = []
+    for result in work.checks(loaded):
+        state = {True: "ok", False: "FAILED", None: "not available"}[result.ok]
+        console.print(f"engine {result.engine}: {state}: {_one_line(Exception(result.text))}")
+        results.append(result)
+    automatic = work.automatic(results)
+    if automatic is None or not automatic.ok:
+        console.print("the automatic engine does not work" if automatic else "no engine works here")
+        context.exit(EXIT_SOME_FAILED)
+    console.print(f"the automatic engine works: {automatic.engine}")
+
+
+def _engine_states(*, every: bool = False) -> dict[str, str]:
+    """For each engine that "auto" considers on this machine, or for ``every`` one, whether it takes it or why not."""
+    from defense_vae_fast.engines import ENGINES, candidates, label
+
+    considered = [(label(engine, device), engine, device) for engine, device in candidates()]
+    others = [(engine.name, engine, "auto") for engine in ENGINES if engine not in [row[1] for row in considered]]
     states: dict[str, str] = {}
     chosen = None
-    for engine in ENGINES:
-        reason = engine.available()
+    for name, engine, device in [*considered, *(others if every else [])]:
+        reason = engine.available(device)
         if reason is not None:
-            states[engine.name] = f"not available: {reason}"
+            states[name] = f"not available: {reason}"
         elif chosen is None:
-            chosen = engine.name
-            states[engine.name] = "works here; 'auto' takes it, the first in the order that works"
+            chosen = name
+            states[name] = "works here; 'auto' takes it, the first in the order that works"
         else:
-            states[engine.name] = f"works here; 'auto' prefers {chosen}, --engine {engine.name} takes it"
+            states[name] = f"works here; 'auto' prefers {chosen}, --engine {engine.name} takes it"
     return states
 
 

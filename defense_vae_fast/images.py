@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
     array: Any
     """C-contiguous uint8 (N, H, W, C) or float32 (N, C, H, W), N at least 1, checked. It may be the caller's memory.
-    A NumPy array, or with ``on_device`` a torch tensor."""
+    A NumPy array, or with ``on_device`` a torch tensor or CuPy array."""
     single: bool
     """The caller handed in one image, not a batch."""
     images: Callable[[Any], Any]
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     scores: Callable[[Any], Any]
     """(N,) float32 scores in the caller's kind and device; for PIL images a NumPy array."""
     on_device: bool = False
-    """``array`` and the results are torch tensors, for an engine's ``run_tensor``."""
+    """``array`` and the results are arrays in the engine's own memory, for its ``run_tensor``."""
 
 
 class ImageReader:
@@ -67,11 +67,13 @@ class ImageReader:
         config: the network, which fixes the images' size and channels.
         tensor_device: a torch device, "cuda:0" for instance, whose tensors are to stay there; None to bring all to the
             host. Those of another device of the same type go through the host.
+        cupy_device: a CUDA device by its number, whose CuPy arrays are to stay there; None to bring all to the host.
     """
 
-    def __init__(self, config: VAEConfig, tensor_device: str | None = None) -> None:
+    def __init__(self, config: VAEConfig, tensor_device: str | None = None, cupy_device: int | None = None) -> None:
         channels, height, width = config.image_shape
         self._tensor_device = tensor_device
+        self._cupy_device = cupy_device
         self._channels = channels
         self._chw = (channels, height, width)
         self._hwc = (height, width, channels)
@@ -211,6 +213,8 @@ class ImageReader:
         )
 
     def _read_cupy(self, cupy: Any, images: Any) -> Batch:
+        if images.device.id == self._cupy_device:
+            return self._read_cupy_here(cupy, images)
         batch = self._read_numpy(cupy.asnumpy(images))
         device = images.device
 
@@ -219,6 +223,22 @@ class ImageReader:
                 return cupy.asarray(values)
 
         return batch._replace(images=lambda purified: send(batch.images(purified)), scores=send)
+
+    def _read_cupy_here(self, cupy: Any, images: Any) -> Batch:
+        dtype, shape = images.dtype, images.shape
+        if dtype != _UINT8 and (dtype.kind != "f" or dtype.itemsize > 8):
+            raise _dtype_error(str(dtype))
+        tail = self._check_shape(shape, dtype == _UINT8)
+        if dtype != _UINT8:
+            low, high = float(images.min()), float(images.max())  # NaN passes through both; this waits for two numbers
+            if not (low >= 0.0 and high <= 1.0):
+                raise _value_error(low, high)
+        array = cupy.ascontiguousarray(images.reshape(-1, *tail), dtype=_UINT8 if dtype == _UINT8 else _FLOAT32)
+
+        def restore(purified: Any) -> Any:
+            return purified.reshape(shape).astype(dtype, copy=False)
+
+        return Batch(array, len(shape) < 4, restore, _as_is, on_device=True)
 
     def _read_dlpack(self, images: Any) -> Batch:
         """An array of any library in host memory; its own ``from_dlpack`` makes the result, NumPy where it has none."""

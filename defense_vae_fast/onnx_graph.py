@@ -1,7 +1,7 @@
 """Checkpoint -> ONNX: the one inference graph that the compiled engines share, written without torch.
 
 BatchNorm is folded into the convolutions in float64. Precision is part of the graph (a strongly typed TensorRT network
-has no other place for it), and so is the image format: float NCHW or uint8 NHWC.
+has no other place for it), and so is the image format: float or half NCHW, or uint8 NHWC.
 
 Integer arithmetic is written as pairs of QuantizeLinear and DequantizeLinear, which engines fuse into the layers
 between them. One set of scales makes two graphs, because the engines want different integers: x86 multiplies unsigned
@@ -24,7 +24,7 @@ from defense_vae_fast.architecture import BATCH_NORM_EPSILON, Layer, VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
 
 Precision = Literal["fp32", "fp16", "int8", "int8_fp16"]
-ImageKind = Literal["float", "uint8"]
+ImageKind = Literal["float", "uint8", "half"]
 
 INPUT = "images"
 PURIFIED = "purified"
@@ -105,8 +105,10 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
     Inputs and outputs::
 
         images    image="float": float32 (N, C, H, W) in [0, 1];   image="uint8": uint8 (N, H, W, C)
+                  image="half": float16 (N, C, H, W) in [0, 1]
         purified  the same type and layout; uint8 is rounded to nearest
-        score     float32 (N,): mean |x - x_hat| over all pixels in [0, 1] units, taken before the rounding
+        score     float32 (N,): mean |x - x_hat| over all pixels in [0, 1] units, taken before the rounding;
+                  "half" has none: its images come from the kernels in ``csrc/``, which compute it as well
 
     Args:
         checkpoint: the purifier.
@@ -121,20 +123,26 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
     """
     if precision not in ("fp32", "fp16", "int8", "int8_fp16"):
         raise ValueError(f"precision: expected 'fp32', 'fp16', 'int8' or 'int8_fp16', got {precision!r}")
-    if image not in ("float", "uint8"):
-        raise ValueError(f"image: expected 'float' or 'uint8', got {image!r}")
-    config = checkpoint.config
+    if image not in ("float", "uint8", "half"):
+        raise ValueError(f"image: expected 'float', 'uint8' or 'half', got {image!r}")
     half = precision in ("fp16", "int8_fp16")
+    if image == "half" and not half:
+        raise ValueError(f"image: expected 'float' or 'uint8' with precision {precision!r}, got 'half'; use fp16")
+    config = checkpoint.config
     graph = _Graph(np.dtype(np.float16 if half else np.float32), *_integers(checkpoint, precision))
 
-    pixels = INPUT if image == "float" else _from_uint8(graph, config)
-    x = graph.node("Cast", [pixels], to=TensorProto.FLOAT16) if half else pixels
+    pixels = _from_uint8(graph, config) if image == "uint8" else INPUT
+    convert = half and image != "half"
+    x = graph.node("Cast", [pixels], to=TensorProto.FLOAT16) if convert else pixels
     x = _network(graph, checkpoint, x)
     logits = graph.node("Cast", [x], to=TensorProto.FLOAT) if half else x
     # Sigmoid before the pixel shuffle: beside its convolution it is fused, and OpenVINO's bf16 logits stay float32.
     tiles = graph.node("Sigmoid", [logits])
     output = PURIFIED if image == "float" else None
     purified = graph.node("DepthToSpace", [tiles], output=output, blocksize=TILE, mode="CRD")
+    if image == "half":
+        graph.node("Cast", [purified], output=PURIFIED, to=TensorProto.FLOAT16)
+        return _model(graph, checkpoint, precision, image)
     if image == "uint8":
         _to_uint8(graph, config, purified)
     error = graph.node("Abs", [graph.node("Sub", [pixels, purified])])
@@ -285,27 +293,28 @@ def _to_uint8(graph: _Graph, config: VAEConfig, purified: str) -> None:
     """float32 (N, C, H, W) in [0, 1] -> uint8 (N, H, W, C), rounded to nearest."""
     channels, height, width = config.image_shape
     x = graph.node("Mul", [purified, graph.constant("levels", np.array(255, dtype=np.float32))])
-    x = graph.node("Cast", [graph.node("Round", [x])], to=TensorProto.UINT8)
+    x = graph.node("Round", [x])
     if channels == 1:
-        graph.node("Reshape", [x, graph.constant("nhwc_shape", np.array([0, height, width, 1]))], output=PURIFIED)
+        x = graph.node("Reshape", [x, graph.constant("nhwc_shape", np.array([0, height, width, 1]))])
     else:
-        graph.node("Transpose", [x], output=PURIFIED, perm=[0, 2, 3, 1])
+        x = graph.node("Transpose", [x], perm=[0, 2, 3, 1])
+    graph.node("Cast", [x], output=PURIFIED, to=TensorProto.UINT8)
 
 
 def _model(graph: _Graph, checkpoint: Checkpoint, precision: Precision, image: ImageKind) -> onnx.ModelProto:
     opset, ir_version = (OPSET_INT8_FP16, IR_VERSION_INT8_FP16) if precision == "int8_fp16" else (OPSET, IR_VERSION)
     channels, height, width = checkpoint.config.image_shape
-    kind = TensorProto.FLOAT if image == "float" else TensorProto.UINT8
-    size = (channels, height, width) if image == "float" else (height, width, channels)
+    kind = {"float": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "half": TensorProto.FLOAT16}[image]
+    size = (height, width, channels) if image == "uint8" else (channels, height, width)
+    outputs = [helper.make_tensor_value_info(PURIFIED, kind, ["batch", *size])]
+    if image != "half":
+        outputs.append(helper.make_tensor_value_info(SCORE, TensorProto.FLOAT, ["batch"]))
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
             f"defense_vae_{channels}x{height}x{width}_{precision}_{image}",
             [helper.make_tensor_value_info(INPUT, kind, ["batch", *size])],
-            [
-                helper.make_tensor_value_info(PURIFIED, kind, ["batch", *size]),
-                helper.make_tensor_value_info(SCORE, TensorProto.FLOAT, ["batch"]),
-            ],
+            outputs,
             graph.constants,
         ),
         producer_name="defense_vae_fast",

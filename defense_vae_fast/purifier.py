@@ -17,7 +17,7 @@ from defense_vae_fast import __version__
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.backlog import WhenFull
 from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint
-from defense_vae_fast.engines import select
+from defense_vae_fast.engines import label, select
 from defense_vae_fast.engines.base import DEFAULT_MAX_BATCH, EngineUnavailable
 from defense_vae_fast.images import ImageReader
 from defense_vae_fast.stream import Result, Stream
@@ -38,7 +38,8 @@ class Purifier:
     Takes and gives back NumPy arrays, torch tensors, CuPy arrays, PIL images, a list of PIL images, or anything with
     DLPack or ``__cuda_array_interface__``: uint8 (H, W), (H, W, C), (N, H, W, C) in 0..255, or floating (C, H, W),
     (N, C, H, W) in [0, 1]; see :mod:`defense_vae_fast.images`. Images in GPU memory travel through host memory and come
-    back to their device, except torch tensors on the device of an engine that takes them there.
+    back to their device, except on the device of an engine that takes them there: torch tensors with the torch engine
+    on CUDA, torch tensors, CuPy arrays and what these can read with TensorRT.
 
     Deterministic, and safe to call from many threads. A context manager; it holds threads and memory until closed.
 
@@ -70,21 +71,25 @@ class Purifier:
         while True:
             chosen = select(engine, device, precision, failed)
             try:
-                self._engine = chosen.engine.load(checkpoint, precision, device, max_batch, streams)
+                self._engine = chosen.engine.load(checkpoint, precision, chosen.device, max_batch, streams)
                 break
             except EngineUnavailable as error:
                 if engine != "auto":
                     raise
-                failed[chosen.engine.name] = str(error)
+                failed[label(chosen.engine, chosen.device)] = str(error)
         self._checkpoint = checkpoint
         self._name = name
         self._why = "asked for by name" if engine != "auto" else "the first in the list that works here"
         self._skipped = dict(chosen.skipped)
         self._run = self._engine.run
-        # An engine that takes torch tensors spares those on its device the way through the host.
+        # An engine that takes arrays of a GPU's memory spares those on its device the way through the host.
         self._run_tensor = getattr(self._engine, "run_tensor", None)
         self._reader = ImageReader(checkpoint.config)  # brings everything to the host, where frames wait
-        self._read = ImageReader(checkpoint.config, getattr(self._engine, "tensor_device", None)).read
+        self._read = ImageReader(
+            checkpoint.config,
+            getattr(self._engine, "tensor_device", None),
+            getattr(self._engine, "cupy_device", None),
+        ).read
         self._closed = False
         self._streams: WeakSet[Stream] = WeakSet()
         self._submissions = self.stream()
@@ -231,8 +236,9 @@ class Purifier:
     def info(self) -> dict[str, Any]:
         """What runs here and why, as a dictionary that JSON can hold.
 
-        Its keys are ``checkpoint`` (name, digest, dataset, recipe, accuracies, quantization ...), ``architecture``, ``engine``,
-        ``why``, ``skipped`` (engine: reason), ``precision``, ``device``, ``max_batch``, ``versions``, and what the engine adds.
+        Its keys are ``checkpoint`` (name, digest, dataset, recipe, accuracies, quantization ...), ``architecture``,
+        ``engine``, ``why``, ``skipped`` (engine: reason), ``precision``, ``device``, ``max_batch``, ``versions``, and
+        what the engine adds.
         """
         checkpoint, config = self._checkpoint, self.config
         engine = self._engine.info()

@@ -11,15 +11,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from defense_vae_fast import cuda
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, save_checkpoint
 from training.pool import CLASSIFIER_FOLDER
 from training.train_classifier import load_classifier
 
-# Triton decides when a kernel is defined whether it will be interpreted. Without a GPU the tests have it so; with one
-# they run the kernels themselves, and TRITON_INTERPRET=1 in the environment asks for the interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+GPU_REASON = "no CUDA device, or hidden because the tests were not started with -m gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU from tests that are not about it, and from the processes that they start."""
+    if "gpu" not in str(config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Triton decides when a kernel is defined whether it will be interpreted. TRITON_INTERPRET=1 in the environment asks
+    # for the interpreter on a GPU too.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not cuda.has_device():
+            item.add_marker(pytest.mark.skip(reason=GPU_REASON))
 
 
 def random_checkpoint(config: VAEConfig | None = None, seed: int = 0) -> Checkpoint:

@@ -30,7 +30,7 @@ from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint, save_checkp
 from defense_vae_fast.engines import ENGINES
 
 ROOT = Path(__file__).parents[1]
-ENGINE_NAMES = [engine.name for engine in ENGINES]
+ENGINE_NAMES = [engine.name for engine in ENGINES if "cpu" in engine.devices]
 Array = np.ndarray[Any, Any]
 
 
@@ -342,7 +342,7 @@ def test_a_named_engine(checkpoint: Checkpoint, engine: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"engine": "abacus"}, "engine: expected 'auto' or one of openvino", id="engine"),
+        pytest.param({"engine": "abacus"}, "engine: expected 'auto' or one of .*openvino", id="engine"),
         pytest.param({"precision": "fp3"}, "precision: expected .*got 'fp3'", id="precision"),
         pytest.param({"device": "tpu"}, "device: expected .*got 'tpu'", id="device"),
         pytest.param({"max_batch": 0}, "max_batch: expected .*got 0", id="max_batch"),

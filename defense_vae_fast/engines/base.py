@@ -30,6 +30,10 @@ class EngineUnavailable(RuntimeError):
     """The engine cannot work on this machine; the message names the missing piece and the extra that installs it."""
 
 
+class DeviceMemoryError(EngineUnavailable):
+    """The device's memory does not hold the engine; the message says what is wanted and what is free."""
+
+
 class Engine(ABC):
     """A loaded purifier on one device.
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections import deque
 from collections.abc import Iterator
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +31,8 @@ from defense_vae_fast.engines.base import (
     check_choice,
     check_count,
 )
+from defense_vae_fast.engines.pieces import Lane, Piece, run_pieces
+from defense_vae_fast.engines.trial import trial_images
 
 if TYPE_CHECKING:
     import openvino
@@ -136,7 +136,7 @@ class OpenVINOEngine(Engine):
             purified = self._output(batch, out)
             if len(batch) > 1:
                 scores = np.empty(len(batch), np.float32)
-                self._run_pieces(kind, batch, purified, scores)
+                run_pieces(self._pieces(kind, len(batch)), batch, purified, scores)
                 return purified, scores
             lane = self._single.get(kind) or self._single_lane(kind)
             slot = lane.free.get()
@@ -172,34 +172,7 @@ class OpenVINOEngine(Engine):
         self._single.clear()
         self._models.clear()
 
-    def _run_pieces(self, kind: ImageKind, batch: Images, purified: Images, scores: Scores) -> None:
-        flying: deque[tuple[_Lane, _Slot, slice]] = deque()
-
-        def land() -> None:
-            lane, slot, where = flying.popleft()
-            try:
-                slot.finish(purified[where], scores[where])
-            finally:
-                lane.free.put(slot)
-
-        try:
-            for lane, start, stop in self._pieces(kind, len(batch)):
-                slot = lane.try_acquire()
-                # Land our own before waiting for another thread's, or two threads could wait for each other.
-                while slot is None and flying:
-                    land()
-                    slot = lane.try_acquire()
-                slot = slot or lane.free.get()
-                flying.append((lane, slot, slice(start, stop)))
-                slot.start(batch[start:stop])
-            while flying:
-                land()
-        finally:
-            for lane, slot, _ in flying:  # only after an error: nothing may write into a request that went back running
-                slot.request.wait()
-                lane.free.put(slot)
-
-    def _pieces(self, kind: ImageKind, count: int) -> Iterator[tuple[_Lane, int, int]]:
+    def _pieces(self, kind: ImageKind, count: int) -> Iterator[Piece]:
         """Cut a batch: large pieces while there are enough for every stream, single images after them."""
         piece = self._piece
         large = count // piece * piece if count >= piece * self.streams else 0
@@ -250,7 +223,7 @@ class OpenVINOEngine(Engine):
 
     def _disagreement(self) -> str | None:
         """Why the precision is not to be trusted for this checkpoint, or None: it and fp32 on four fixed images."""
-        images = _test_images(self._shapes["uint8"])
+        images = trial_images(self._shapes["uint8"])
         ours = self._single_lane("uint8")
         reference = self._make_lane("uint8", 1, "fp32", 1, requests=1)
         difference = np.stack(
@@ -290,29 +263,21 @@ class _Slot:
         purified[...] = self.purified
         scores[...] = self.scores
 
+    def abandon(self) -> None:
+        """Wait, and leave the results."""
+        self.request.wait()
 
-class _Lane:
+
+class _Lane(Lane[_Slot]):
     """One compiled model of a fixed batch size and its idle requests."""
 
     def __init__(self, compiled: openvino.CompiledModel, requests: int) -> None:
-        self._compiled = compiled
-        self.free: SimpleQueue[_Slot] = SimpleQueue()
-        for _ in range(requests):
-            self.free.put(self.make_slot())
-
-    def make_slot(self) -> _Slot:
-        return _Slot(self._compiled)
-
-    def try_acquire(self) -> _Slot | None:
-        try:
-            return self.free.get_nowait()
-        except Empty:
-            return None
+        super().__init__(_Slot(compiled) for _ in range(requests))
 
     def infer_one(self, batch: Images) -> Images:
         slot = self.free.get()
         slot.start(batch)
-        purified, scores = np.empty_like(slot.purified), np.empty_like(slot.scores)
+        purified, scores = np.empty_like(batch), np.empty(len(batch), np.float32)
         slot.finish(purified, scores)
         self.free.put(slot)
         return purified
@@ -348,14 +313,3 @@ def _cores() -> int:
 def _piece(config: VAEConfig) -> int:
     """Images in one request: ``_PIECE``, fewer for large images, whose activations alone fill the caches."""
     return max(1, min(_PIECE, _PIECE * 64**2 // config.image_size**2))
-
-
-def _test_images(shape: tuple[int, int, int]) -> Images:
-    """Four fixed uint8 images: dark with a bright box, a ramp, that box under noise, noise alone."""
-    height, width, _ = shape
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    box = np.zeros(shape, np.uint8)
-    box[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 200
-    ramp = np.broadcast_to(np.linspace(0, 255, width).astype(np.uint8)[None, :, None], shape)
-    noisy = np.clip(box + (noise.astype(np.int16) - 128) // 2, 0, 255).astype(np.uint8)
-    return np.stack([box, ramp, noisy, noise])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,13 +15,18 @@ from defense_vae_fast.architecture import Layer
 from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.engines.base import (
     DEFAULT_MAX_BATCH,
+    DeviceMemoryError,
     Engine,
     EngineUnavailable,
+    ImageKind,
     Images,
     Result,
+    Scores,
     check_choice,
     check_count,
 )
+from defense_vae_fast.engines.buckets import bucket_of, buckets_for, cut
+from defense_vae_fast.engines.pieces import Lane, Piece, run_pieces
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
 
     Step = Callable[[torch.Tensor], torch.Tensor]
 
+_STREAMS = 2  # on CUDA: one copies while the other computes
+_MAX_STREAMS = 16
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -36,6 +44,9 @@ class TorchEngine(Engine):
 
     "auto" is fp16 on CUDA, bf16 on a CPU that multiplies it natively (1.3 times as fast as fp32 for a single image, 1.6
     times for 64), and fp32 on any other.
+
+    On CUDA each of ``streams`` workers has a stream, pinned and device buffers, and a CUDA graph for every batch
+    bucket, all made at load; a large batch is spread over them, so that copies and computing overlap.
     """
 
     name = "torch"
@@ -48,13 +59,22 @@ class TorchEngine(Engine):
     tensor_device: str
     """The whole name of the device whose tensors :meth:`run_tensor` takes: "cpu", "cuda:0"."""
 
-    def __init__(self, checkpoint: Checkpoint, precision: str, device: torch.device, max_batch: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, precision: str, device: torch.device, max_batch: int, streams: int
+    ) -> None:
         super().__init__(checkpoint, precision, device.type, max_batch)
+        self.streams = streams
         self._device = device
         self.tensor_device = str(device)
         self._network = _Network(checkpoint, precision, device)
-        # One batch at a time has all cores, or the device; more at once would only share them.
-        self._turn = threading.Lock()
+        self._lane: Lane[_CPUSlot] | Lane[_CUDASlot]
+        if device.type == "cpu":
+            self._buckets: tuple[int, ...] = (max_batch,)
+            # One batch at a time has all cores; more at once would only share them.
+            self._lane = Lane([_CPUSlot(self._network)])
+        else:
+            self._buckets = buckets_for(max_batch)
+            self._lane = Lane(_cuda_slots(self._network, device, self._shapes, self._buckets, streams))
 
     @classmethod
     def available(cls, device: str = "auto") -> str | None:
@@ -83,21 +103,22 @@ class TorchEngine(Engine):
         max_batch: int = DEFAULT_MAX_BATCH,
         streams: int | None = None,
     ) -> Self:
-        """See :meth:`Engine.load`. One batch is worked on at a time: ``streams`` is None or 1.
+        """See :meth:`Engine.load`. On the CPU one batch is worked on at a time: ``streams`` is None or 1.
 
         "cuda" is torch's current CUDA device at this moment, whichever is current later.
         """
         check_choice("device", device, cls.devices, cls.name)
         check_choice("precision", precision, cls.precisions, cls.name)
         check_count("max_batch", max_batch)
-        if streams is not None:
-            check_count("streams", streams, limit=1)
         if reason := cls.available(device):
             raise EngineUnavailable(f"the {cls.name} engine cannot work here: {reason}")
         import torch
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if streams is None:
+            streams = 1 if device == "cpu" else _STREAMS
+        check_count("streams", streams, limit=1 if device == "cpu" else _MAX_STREAMS)
         if precision == "auto":
             precision = "fp16" if device == "cuda" else "bf16" if _cpu_has_bf16() else "fp32"
         elif precision == "fp16" and device == "cpu":
@@ -105,28 +126,28 @@ class TorchEngine(Engine):
                 "precision: expected 'auto', 'fp32' or 'bf16' on the CPU, got 'fp16'; it would be emulated"
             )
         place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-        return cls(checkpoint, precision, place, max_batch)
+        try:
+            return cls(checkpoint, precision, place, max_batch, streams)
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"the {cls.name} engine does not fit into the memory of {place}: {error}; "
+                "free some, or use a smaller max_batch or fewer streams"
+            ) from error
 
     def run(self, batch: Images, out: Images | None = None) -> Result:
         """See :meth:`Engine.run`."""
-        import torch
 
         with self._calling():
             self._kind(batch)
             purified = self._output(batch, out)
             scores = np.empty(len(batch), np.float32)
-            with self._turn, torch.no_grad():
-                # torch wants writable memory even where it only reads.
-                source = torch.from_numpy(batch if batch.flags.writeable else batch.copy()).to(self._device)
-                clean, score = self._purify(source)
-                torch.from_numpy(purified).copy_(clean)
-                torch.from_numpy(scores).copy_(score)
+            run_pieces(self._pieces(len(batch)), batch, purified, scores)
             return purified, scores
 
     def run_tensor(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`run` for a tensor that is on the engine's device already; nothing passes through the host.
 
-        On CUDA the work is queued on the current stream.
+        On CUDA the work takes its place in the order of the current stream; this returns without waiting for it.
 
         Args:
             images: uint8 (N, H, W, C), or float32 (N, C, H, W) in [0, 1].
@@ -148,66 +169,249 @@ class TorchEngine(Engine):
                 f"(N, {', '.join(map(str, self._shapes['float']))}) on {self._device} with N at least 1, "
                 f"got {images.dtype} {tuple(images.shape)} on {images.device}; convert or move it"
             )
-        with self._calling(), self._turn, torch.no_grad():
-            return self._purify(images)
+        with self._calling(), torch.no_grad():
+            purified = torch.empty_like(images, memory_format=torch.contiguous_format)
+            scores = torch.empty(len(images), device=self._device)
+            for lane, start, stop in self._pieces(len(images)):
+                slot = lane.free.get()
+                try:
+                    slot.run_tensor(images[start:stop], purified[start:stop], scores[start:stop])
+                finally:
+                    lane.free.put(slot)
+            return purified, scores
 
     def info(self) -> dict[str, Any]:
-        """See :meth:`Engine.info`; adds the device's name and torch's version."""
+        """See :meth:`Engine.info`; adds streams, batch buckets, the device's name and torch's version."""
         import torch
 
         on_gpu = self.device == "cuda"
         return {
             **super().info(),
-            "streams": 1,
+            "streams": self.streams,
+            "buckets": list(self._buckets),
             "device_name": torch.cuda.get_device_name(self._device)
             if on_gpu
             else torch.backends.cpu.get_cpu_capability(),
             "versions": {"torch": str(torch.__version__)},
         }
 
-    def _purify(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        starts = range(0, len(images), self.max_batch)
-        exact = self.device == "cuda" and self.precision == "fp32"
-        with _without_tf32 if exact else nullcontext():
-            parts = [_purify(self._network, images[start : start + self.max_batch]) for start in starts]
-        if len(parts) == 1:
-            return parts[0]
-        clean, scores = zip(*parts, strict=True)
-        return torch.cat(clean), torch.cat(scores)
+    def _pieces(self, count: int) -> Iterator[Piece]:
+        for start, stop in cut(count, self._buckets, self.streams):
+            yield self._lane, start, stop
 
     def _release(self) -> None:
-        del self._network
+        del self._lane, self._network
 
 
-class _WithoutTF32:
-    """Convolutions and matrix products on CUDA in whole float32; torch's convolutions round to TF32 otherwise.
+class _CPUSlot:
+    """A piece that is computed by whoever waits for it."""
 
-    torch's settings are the process's own, so they are changed while any engine is inside and put back by the last that
-    leaves. Other threads meanwhile calculate more exactly than they asked for, never less. A kernel is chosen when it
-    is launched, so nothing need be waited for.
+    def __init__(self, network: _Network) -> None:
+        self._network = network
+        self._batch: Images | None = None
+
+    def start(self, batch: Images) -> None:
+        """Keep the images; torch wants writable memory even where it only reads."""
+        self._batch = batch if batch.flags.writeable else batch.copy()
+
+    def finish(self, purified: Images, scores: Scores) -> None:
+        """Compute."""
+        import torch
+
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        with torch.no_grad():
+            self.run_tensor(*map(torch.from_numpy, (batch, purified, scores)))
+
+    def abandon(self) -> None:
+        """Forget the images."""
+        self._batch = None
+
+    def run_tensor(self, images: torch.Tensor, purified: torch.Tensor, scores: torch.Tensor) -> None:
+        """Compute from and into tensors."""
+        clean, score = _purify(self._network, images)
+        purified.copy_(clean)
+        scores.copy_(score)
+
+
+class _CUDASlot:
+    """One worker: a stream, and for each kind of images and bucket its buffers and graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = device
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._steps: dict[tuple[torch.dtype, int], _GraphStep] = {}
+        self._buckets: dict[torch.dtype, list[int]] = {}
+        self._host: dict[np.dtype[Any], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._views: dict[np.dtype[Any], tuple[Images, Images]] = {}
+        self._host_scores: torch.Tensor
+        self._score_view: Scores
+        self._flying: tuple[np.dtype[Any], int] | None = None
+
+    def prepare(self, network: _Network, images: torch.Tensor) -> None:
+        """Warm up and capture for batches like ``images``, which become the bucket's own input buffer."""
+        torch = self._torch
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            for _ in range(3):  # the first picks cuDNN's kernels, and captures must find everything chosen
+                _purify(network, images)
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate and copy meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                clean, score = _purify(network, images)
+        self._steps[images.dtype, len(images)] = _GraphStep(graph, images, clean, score)
+        self._buckets.setdefault(images.dtype, []).append(len(images))
+        pinned = [torch.empty(images.shape, dtype=images.dtype, pin_memory=True) for _ in range(2)]
+        view = pinned[0].numpy()
+        # Buckets come in ascending order, so the last buffers are the largest, and every bucket uses those.
+        self._host[view.dtype] = (pinned[0], pinned[1])
+        self._views[view.dtype] = (view, pinned[1].numpy())
+        self._host_scores = torch.empty(len(images), pin_memory=True)
+        self._score_view = self._host_scores.numpy()
+
+    def start(self, batch: Images) -> None:
+        """Copy the images to pinned memory and queue copy, graph and copy."""
+        torch, count = self._torch, len(batch)
+        given, result = self._host[batch.dtype]
+        step = self._step(given.dtype, count)
+        self._views[batch.dtype][0][:count] = batch
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            step.images[:count].copy_(given[:count], non_blocking=True)
+            step.graph.replay()
+            result[:count].copy_(step.purified[:count], non_blocking=True)
+            self._host_scores[:count].copy_(step.scores[:count], non_blocking=True)
+        self._flying = (batch.dtype, count)
+
+    def finish(self, purified: Images, scores: Scores) -> None:
+        """Wait for the stream, and copy the results out."""
+        assert self._flying is not None
+        dtype, count = self._flying
+        self._stream.synchronize()
+        purified[...] = self._views[dtype][1][:count]
+        scores[...] = self._score_view[:count]
+
+    def abandon(self) -> None:
+        """Wait for the stream."""
+        self._stream.synchronize()
+
+    def run_tensor(self, images: torch.Tensor, purified: torch.Tensor, scores: torch.Tensor) -> None:
+        """Queue the work between what the caller's stream holds already and what it is given next."""
+        torch, count = self._torch, len(images)
+        step = self._step(images.dtype, count)
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            step.images[:count].copy_(images)
+            step.graph.replay()
+            purified.copy_(step.purified[:count])
+            scores.copy_(step.scores[:count])
+        # The caller's stream goes on after this, so memory that it frees or reuses is not touched any more.
+        caller.wait_stream(self._stream)
+
+    def _step(self, dtype: torch.dtype, count: int) -> _GraphStep:
+        return self._steps[dtype, bucket_of(count, self._buckets[dtype])]
+
+
+class _GraphStep(NamedTuple):
+    """A captured graph and the tensors that it reads and writes; uint8 (N, H, W, C) or float32 (N, C, H, W)."""
+
+    graph: torch.cuda.CUDAGraph
+    images: torch.Tensor
+    purified: torch.Tensor
+    scores: torch.Tensor
+
+
+def _cuda_slots(
+    network: _Network,
+    device: torch.device,
+    shapes: Mapping[ImageKind, tuple[int, int, int]],
+    buckets: Sequence[int],
+    streams: int,
+) -> list[_CUDASlot]:
+    """Workers with a graph for every kind and bucket.
+
+    All are captured by this thread, one after the other: cuDNN's choice of kernels is remembered by the thread, and
+    with one choice a bucket gives the same bytes on every stream.
     """
+    import torch
+
+    slots = [_CUDASlot(device) for _ in range(streams)]
+    dtypes = {"float": torch.float32, "uint8": torch.uint8}
+    with torch.no_grad(), _cudnn_choice, _without_tf32 if network.dtype == torch.float32 else nullcontext():
+        for kind, shape in shapes.items():
+            for bucket in buckets:
+                for slot in slots:
+                    slot.prepare(network, torch.zeros((bucket, *shape), dtype=dtypes[kind], device=device))
+    torch.cuda.synchronize(device)
+    return slots
+
+
+class _Setting(ABC):
+    """A setting of torch's, which is the whole process's own, changed while any engine needs it and then put back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._before: tuple[str, str] = ("none", "none")
+        self._before: Any = None
+
+    @abstractmethod
+    def _change(self) -> Any:
+        """Change it, and give what it was."""
+
+    @abstractmethod
+    def _restore(self, before: Any) -> None:
+        """Put it back."""
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                convolution, product = _fp32_settings()
-                self._before = convolution.fp32_precision, product.fp32_precision
-                convolution.fp32_precision = product.fp32_precision = "ieee"
+                self._before = self._change()
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                convolution, product = _fp32_settings()
-                convolution.fp32_precision, product.fp32_precision = self._before
+                self._restore(self._before)
+
+
+class _WithoutTF32(_Setting):
+    """Convolutions and matrix products on CUDA in whole float32; torch's convolutions round to TF32 otherwise.
+
+    A kernel is chosen when it is launched or captured, so this is needed while graphs are captured, not when they run.
+    Other threads meanwhile calculate more exactly than they asked for, never less.
+    """
+
+    def _change(self) -> Any:
+        settings = _fp32_settings()
+        before = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        return before
+
+    def _restore(self, before: Any) -> None:
+        for setting, value in zip(_fp32_settings(), before, strict=True):
+            setting.fp32_precision = value
+
+
+class _CuDNNChoice(_Setting):
+    """cuDNN times its kernels for each shape and keeps the fastest; its guess is often a slower one."""
+
+    def _change(self) -> Any:
+        import torch
+
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        return before
+
+    def _restore(self, before: Any) -> None:
+        import torch
+
+        torch.backends.cudnn.benchmark = before
 
 
 def _fp32_settings() -> tuple[Any, Any]:
@@ -219,6 +423,7 @@ def _fp32_settings() -> tuple[Any, Any]:
 
 
 _without_tf32 = _WithoutTF32()
+_cudnn_choice = _CuDNNChoice()
 
 
 class _Network:
