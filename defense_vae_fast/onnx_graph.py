@@ -5,7 +5,7 @@ has no other place for it), and so is the image format: float or half NCHW, or u
 
 Integer arithmetic is written as pairs of QuantizeLinear and DequantizeLinear, which engines fuse into the layers
 between them. One set of scales makes two graphs, because the engines want different integers: x86 multiplies unsigned
-activations by signed weights (signed activations took 13 to 22 % longer in OpenVINO, and a ReLU leaves half of their
+activations by signed weights (signed activations took 12 to 14 % longer in OpenVINO, and a ReLU leaves half of their
 range unused), TensorRT takes signed ones with zero point 0 alone.
 """
 

@@ -236,9 +236,9 @@ class Purifier:
     def info(self) -> dict[str, Any]:
         """What runs here and why, as a dictionary that JSON can hold.
 
-        Its keys are ``checkpoint`` (name, digest, dataset, recipe, accuracies, quantization ...), ``architecture``,
-        ``engine``, ``why``, ``skipped`` (engine: reason), ``precision``, ``device``, ``max_batch``, ``versions``, and
-        what the engine adds.
+        Its keys are ``checkpoint`` (name, digest, dataset, recipe, accuracies, versions, quantization),
+        ``architecture``, ``engine``, ``why``, ``skipped`` (engine: reason), ``precision``, ``device``, ``max_batch``,
+        ``versions``, and what the engine adds.
         """
         checkpoint, config = self._checkpoint, self.config
         engine = self._engine.info()

@@ -199,7 +199,7 @@ def test_weights_survive_the_file():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": "int8"}, "precision: expected 'fp32' or 'fp16', got 'int8'"),
+        ({"precision": "int4"}, "precision: expected 'fp32', 'fp16', 'int8' or 'int8_fp16', got 'int4'"),
         ({"image": "bf16"}, "image: expected 'float' or 'uint8', got 'bf16'"),
     ],
 )

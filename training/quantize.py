@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from defense_vae_fast import Purifier, onnx_graph
 from defense_vae_fast.checkpoint import Checkpoint, Quantization
+from defense_vae_fast.engines import EngineUnavailable
 from defense_vae_fast.nn.model import DefenseVAE
 from training import evaluate as measure
 from training.attacks import FGSM, PAPER_TEST_ATTACKS, PGD, Attack, CarliniWagnerL2, RandFGSM, predict
@@ -168,7 +169,10 @@ def quantize(
     ranges = calibrate(checkpoint, calibration.numpy(), PERCENTILES)
     with Purifier(checkpoint, engine="openvino", precision="fp32") as exact:
         reference = measure.purify_with(exact, calibration)
-        by_percentile = {p: _squared(_purified(checkpoint, amax, calibration), reference) for p, amax in ranges.items()}
+        tried = {p: _squared_change(checkpoint, amax, calibration, reference) for p, amax in ranges.items()}
+        by_percentile = {p: change for p, change in tried.items() if change is not None}
+        if not by_percentile:
+            raise ValueError("quantize: every range was refused by the engine; train the purifier for longer")
         percentile = min(by_percentile, key=by_percentile.__getitem__)
         amax = ranges[percentile]
         judged = mixed_images(data.validation.to(device), classifiers, seed).cpu()
@@ -236,6 +240,16 @@ def first_within(worst: Mapping[str, float], limit: float) -> str:
 
 def _int8(checkpoint: Checkpoint, amax: Mapping[str, float]) -> Purifier:
     return Purifier(replace(checkpoint, quantization=Quantization(amax)), engine="openvino", precision="int8")
+
+
+def _squared_change(
+    checkpoint: Checkpoint, amax: Mapping[str, float], images: Tensor, reference: Tensor
+) -> float | None:
+    """Mean squared change of purified images; None where so much is clipped that the engine takes it for a fault."""
+    try:
+        return _squared(_purified(checkpoint, amax, images), reference)
+    except EngineUnavailable:
+        return None
 
 
 def _purified(checkpoint: Checkpoint, amax: Mapping[str, float], images: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import openvino
     from typing_extensions import Self
 
+    from defense_vae_fast.onnx_graph import Precision
+
 _PIECE = 8
 # Grey levels, on average and at most, that a precision may differ from fp32 by; beyond these it is broken, not rounded.
 # A trained network moves by about a third of a level in bf16 and by 0.8 in int8 on the fixed images.
@@ -203,7 +205,7 @@ class OpenVINOEngine(Engine):
         return lane
 
     def _make_lane(self, kind: ImageKind, size: int, precision: str, streams: int, requests: int) -> _Lane:
-        graph = "int8" if precision == "int8" else "fp32"
+        graph: Precision = "int8" if precision == "int8" else "fp32"
         if (kind, graph) not in self._models:
             from defense_vae_fast import onnx_graph
 
