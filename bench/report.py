@@ -60,7 +60,7 @@ def _startup_lines(results: Results) -> list[str]:
 def _table(results: Results) -> list[str]:
     header = ["per image", "batch", "p50", "p99", "images/s", "x Defense-GAN", "x released", "x cold", "share"]
     body = []
-    for row in [*results.of("engine"), *results.of("released"), *results.of("search")]:
+    for row in [*results.of("engine"), *results.of("device"), *results.of("released"), *results.of("search")]:
         ratios = results.ratios(row)
         times = [ratios["to_defense_gan"], ratios["to_released_warm"], ratios["to_released_cold"]]
         share = ratios["share_of_matmul_rate"]

@@ -40,7 +40,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(c, marks=pytest.mark.gpu if c.device == "cuda" else (), id="-".join(c)) for c in CASES],
+)
 def purifier(request: pytest.FixtureRequest, checkpoint_name: str) -> Iterator[Purifier]:
     """One engine at a time: two that keep threads slow each other."""
     case: Case = request.param

@@ -13,7 +13,11 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 
 @pytest.mark.parametrize(
     ("device", "precision"),
-    [("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "fp32"), ("cuda", "fp16"), ("cuda", "bf16")],
+    [
+        ("cpu", "fp32"),
+        ("cpu", "bf16"),
+        *(pytest.param("cuda", precision, marks=pytest.mark.gpu) for precision in ("fp32", "fp16", "bf16")),
+    ],
     indirect=["device"],
 )
 def test_matmul(

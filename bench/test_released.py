@@ -20,7 +20,7 @@ TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}  # torch lets convolutions on CUDA round
 @pytest.mark.parametrize("batch", ROUNDS)
 @pytest.mark.parametrize(
     ("device", "warm"),
-    [("cpu", True), ("cpu", False), ("cuda", True)],
+    [("cpu", True), ("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)],
     indirect=["device"],
     ids=["cpu-warm", "cpu-cold", "cuda"],
 )

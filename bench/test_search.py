@@ -17,7 +17,7 @@ GPU_FACTOR = 32  # a GPU needs more candidates at once to be busy
 ROUNDS = {25: 3, 50: 2, 100: 1, 200: 1}  # by L; a long search is its own average
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("restarts", IMAGES)
 @pytest.mark.parametrize("steps", STEPS)
 def test_search(

@@ -231,11 +231,13 @@ class Device:
 class Memory:
     """Device and pinned memory that is freed together; use inside the device's context.
 
-    Addresses of device memory are aligned to 256 bytes, as CUDA gives them.
+    Addresses of device memory are aligned to 256 bytes, as CUDA gives them. It is zeroed in the order of ``stream``,
+    the only one that may use it: others would not wait for that.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, stream: Stream) -> None:
         self._device = device
+        self._stream = stream
         self._allocations: list[Any] = []
         self._pinned: list[Any] = []
 
@@ -249,7 +251,7 @@ class Memory:
         try:
             allocation = driver.mem_alloc(max(size, 1))
             self._allocations.append(allocation)
-            driver.memset_d8(int(allocation), 0, max(size, 1))
+            driver.memset_d8_async(int(allocation), 0, max(size, 1), self._stream.pycuda)
         except driver.MemoryError as error:
             raise CudaMemoryError(f"{size} bytes of device memory: {error}") from error
         return int(allocation)

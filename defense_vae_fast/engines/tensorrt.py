@@ -502,7 +502,7 @@ class _Worker:
         self._flying: tuple[_Buffers, int] | None = None
         with device:
             self.stream = cuda.Stream(device)
-            self._memory = cuda.Memory(device)
+            self._memory = cuda.Memory(device, self.stream)
 
     def add(self, loaded: _Loaded, shape: tuple[int, ...]) -> None:
         """Prepare for images of the engine's kind and ``shape``, in host memory and in device memory."""
