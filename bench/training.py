@@ -86,7 +86,15 @@ def make_step(form: Form, images: Tensor, *, amp: Amp, graph: bool, device: str,
 
 
 def paper_scale(
-    images: Tensor, labels: Tensor, classifier: nn.Module, *, device: str, attacked: int, steps: int, graph: bool = True
+    images: Tensor,
+    labels: Tensor,
+    classifier: nn.Module,
+    *,
+    device: str,
+    attacked: int,
+    steps: int,
+    form: Form = "triton",
+    graph: bool = True,
 ) -> dict[str, Any]:
     """What the preset ``paper`` takes on all 60,000 images and one classifier, projected from parts of it.
 
@@ -97,6 +105,7 @@ def paper_scale(
         device: where.
         attacked: images that each attack is timed on, after a first time that is not counted.
         steps: training steps that are timed, after a first time that is not counted.
+        form: of the step.
         graph: train by a CUDA graph.
     """
     recipe = preset("paper")
@@ -112,7 +121,7 @@ def paper_scale(
     source = TablePairs(
         split.first(min(64, attacked)), {"A": classifier}, batch_size=recipe.attacked, seed=0, cw_images=1
     )  # fmt: skip
-    step = make_step("triton", split.images, amp="bf16", graph=graph, device=device, average=False)
+    step = make_step(form, split.images, amp="bf16", graph=graph, device=device, average=False)
 
     def turn(number: int) -> None:
         step(source.batch(number), None, recipe.learning_rate)

@@ -71,10 +71,11 @@ def cases() -> Iterator[tuple[Any, int, str, str, dict[str, Any]]]:
             yield kernel, architecture, "fp32", "vectors", constants
         for kernel, constants in LATENT_KERNELS.items():
             yield kernel, architecture, "fp16", "128", {**constants, **reparameterize.tile(128)}
-    for architecture in (75, 90):
+    for architecture, dtype, variant in (
+        (75, "bf16", "contiguous"), (90, "fp32", "channels_last"), (90, "fp32", "wide"),
+    ):  # fmt: skip
         for kernel, constants in TENSOR_KERNELS.items():
-            for dtype, layout in (("fp32", "channels_last"), ("bf16", "contiguous"), ("fp32", "wide")):
-                yield kernel, architecture, dtype, layout, {**constants, **LAYOUTS[layout]}
+            yield kernel, architecture, dtype, variant, {**constants, **LAYOUTS[variant]}
     for kernel, constants in LATENT_KERNELS.items():
         shape = reparameterize.tile(reparameterize.MAX_LATENT)
         yield kernel, 90, "fp32", str(reparameterize.MAX_LATENT), {**constants, **shape}

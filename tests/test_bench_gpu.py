@@ -53,7 +53,9 @@ def test_paper_scale_is_a_projection(demo_images: tuple[Tensor, Tensor], monkeyp
         return [0.5]
 
     monkeypatch.setattr(timing, "seconds", half_a_second)
-    found = training.paper_scale(images[:2], labels[:2], classifier, device="cpu", attacked=4, steps=1, graph=False)
+    found = training.paper_scale(
+        images[:2], labels[:2], classifier, device="cpu", attacked=4, steps=1, form="torch", graph=False
+    )  # fmt: skip
     assert found["projected"]
     assert found["steps"] == 5 * 13 * 60_000 // 16
     assert found["training_seconds"] == found["steps"] * 0.5

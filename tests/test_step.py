@@ -98,7 +98,7 @@ class Training:
             torch.manual_seed(1)
         losses = []
         for step in range(first, last):
-            index = torch.arange(4 * step, 4 * step + 4, device=self.images.device) % len(self.images)
+            index = torch.arange(2 * step, 2 * step + 2, device=self.images.device) % len(self.images)
             pairs = Pairs(to_float(self.images[index]).flip(0), index)
             judge = step % len(self.judges) if self.judges else None
             losses.append(float(self.step(pairs, judge, self.recipe.rate(step, self.recipe.steps))))
