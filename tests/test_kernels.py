@@ -486,7 +486,7 @@ def test_triton_stays_out_until_it_is_needed() -> None:
 def test_statistics_of_all_ranks(tmp_path: Path) -> None:
     """Two gloo processes with batches of three and two images do what one does with all five."""
     script = Path(__file__).with_name("two_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
     ranks = [
         subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)], env=environment, cwd=tmp_path)
         for rank in range(2)
