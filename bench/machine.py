@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("defense-vae-fast", "numpy", "openvino", "torch", "tensorrt", "pytest-benchmark")
+PACKAGES = ("defense-vae-fast", "numpy", "openvino", "torch", "triton", "tensorrt", "pytest-benchmark")
 IDLE_CORES = 0.1  # others may use this much of a core on a machine that still counts as idle
 SAMPLE_SECONDS = 1.0
 _ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.rows import Results
+from bench.rows import Results, Row
 from defense_vae_fast.atomic import replacing
 
 
@@ -30,6 +30,7 @@ def lines(results: Results, machine: dict[str, Any]) -> list[str]:
         *_best_lines(results),
         "",
         *_stream_lines(results),
+        *gpu_lines(results),
     ]
 
 
@@ -145,6 +146,74 @@ def _stream_lines(results: Results) -> list[str]:
         "the same run; bound: of p99, four full batches and the stream's delay, twice that beyond 100 %.",
     ]
     return [*shown, *(columns([header, *body]) if body else []), *legend]
+
+
+def gpu_lines(results: Results) -> list[str]:
+    """Kernels and training steps on a GPU: nothing where they were not measured."""
+    shown = [f"{row.name}: {row.details['bytes_per_second'] / 1e9:,.0f} GB/s" for row in results.of("copy")]
+    kernels = results.of("kernel")
+    if kernels:
+        header = [
+            "BatchNorm + ReLU",
+            "batch",
+            "pass",
+            "launch",
+            "a call",
+            "of copy",
+            "x eager",
+            "x compiled",
+            "fastest",
+        ]
+        shown += ["", *columns([header, *(_kernel_row(row, kernels) for row in kernels)])]
+        shown.append("of copy: bytes of two passes a second, as a share of the copy's; x: times as fast as that form")
+    steps = results.of("step")
+    if steps:
+        header = ["training step", "batch", "launch", "a step", "images/s", "x eager"]
+        shown += ["", *columns([header, *(_step_row(row, steps) for row in steps)])]
+    for row in results.of("paper"):
+        if row.details.get("projected"):
+            shown += [
+                "",
+                f"{row.name}: a projection, {duration(row.details['total_seconds'])}, of which pairs "
+                f"{duration(row.details['pairs_seconds'])} and {row.details['steps']:,} steps of "
+                f"{duration(row.details['step_seconds'])} ({row.details['images_per_second']:,.0f} images/s) "
+                f"{duration(row.details['training_seconds'])}",
+            ]
+    return shown
+
+
+def _kernel_row(row: Row, rows: Sequence[Row]) -> list[str]:
+    own = row.details
+    peers = {
+        other.details["form"]: other.p50
+        for other in rows
+        if other.batch == row.batch
+        and all(other.details[key] == own[key] for key in ("layer", "backward", "graph"))
+    }  # fmt: skip
+    times = [peers[form] / row.p50 if form in peers else None for form in _KERNEL_BASELINES]
+    return [
+        row.name, str(row.batch), "both" if own["backward"] else "forward", "graph" if own["graph"] else "calls",
+        duration(row.p50 * row.batch), percent(own["share_of_copy"]), *map(number, times),
+        "yes" if row.p50 == min(peers.values()) else "no",
+    ]  # fmt: skip
+
+
+_KERNEL_BASELINES = ("torch channels_last", "compiled channels_last")
+
+
+def _step_row(row: Row, rows: Sequence[Row]) -> list[str]:
+    eager = next(
+        (
+            other for other in rows
+            if (other.details["form"], other.details["graph"]) == ("torch", False)
+            and (other.batch, other.details["precision"]) == (row.batch, row.details["precision"])
+        ),
+        None,
+    )  # fmt: skip
+    return [
+        row.name, str(row.batch), "graph" if row.details["graph"] else "calls", duration(row.p50 * row.batch),
+        f"{1 / row.p50:,.0f}", number(eager.p50 / row.p50 if eager else None),
+    ]  # fmt: skip
 
 
 def columns(table: Sequence[Sequence[str]]) -> list[str]:

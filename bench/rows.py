@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Group = Literal["startup", "matmul", "copy", "engine", "device", "released", "search", "stream"]
+Group = Literal[
+    "startup", "matmul", "copy", "engine", "device", "released", "search", "stream", "kernel", "step", "paper"
+]  # fmt: skip
 
 P99_CALLS = 100  # fewer calls than this have no 99th percentile worth printing
 REFERENCE_SEARCH = (200, 10)  # Defense-GAN's recommended L and R

@@ -59,6 +59,19 @@ LATENT_KERNELS: dict[Any, dict[str, Any]] = {
     reparameterize.sample_kernel: {},
     reparameterize.sample_backward_kernel: {"SAMPLED": True, "DIVERGED": True},
 }
+PLAIN = {"weight": None, "bias": None, "AFFINE": False}
+WITHOUT_OPTIONAL: dict[Any, dict[str, Any]] = {
+    bn_relu.normalize_kernel: PLAIN,
+    bn_relu.gradient_sums_kernel: PLAIN,
+    bn_relu.input_gradient_kernel: {**PLAIN, "sums": None, "BATCH": False},
+    bn_relu.merge_statistics_kernel: {
+        "running_mean": None, "running_variance": None, "batches": None, "TRACKED": False, "CUMULATIVE": True,
+        "COUNTED": False,
+    },
+    reparameterize.sample_backward_kernel: {
+        "dkl": None, "DIVERGED": False, "SAMPLED": True, **reparameterize.tile(128),
+    },
+}  # fmt: skip
 KERNELS = {**TENSOR_KERNELS, **VECTOR_KERNELS, **LATENT_KERNELS}
 
 
@@ -71,10 +84,14 @@ def cases() -> Iterator[tuple[Any, int, str, str, dict[str, Any]]]:
             yield kernel, architecture, "fp32", "vectors", constants
         for kernel, constants in LATENT_KERNELS.items():
             yield kernel, architecture, "fp16", "128", {**constants, **reparameterize.tile(128)}
-    for architecture in (75, 90):
+    for architecture, dtype, variant in (
+        (75, "bf16", "contiguous"), (90, "fp32", "channels_last"), (90, "fp32", "wide"),
+    ):  # fmt: skip
         for kernel, constants in TENSOR_KERNELS.items():
-            for dtype, layout in (("fp32", "channels_last"), ("bf16", "contiguous"), ("fp32", "wide")):
-                yield kernel, architecture, dtype, layout, {**constants, **LAYOUTS[layout]}
+            yield kernel, architecture, dtype, variant, {**constants, **LAYOUTS[variant]}
+    for kernel, constants in WITHOUT_OPTIONAL.items():
+        rest = LAYOUTS["channels_last"] if kernel in TENSOR_KERNELS else KERNELS[kernel]
+        yield kernel, 90, "fp16", "without optional arguments", {**rest, **constants}
     for kernel, constants in LATENT_KERNELS.items():
         shape = reparameterize.tile(reparameterize.MAX_LATENT)
         yield kernel, 90, "fp32", str(reparameterize.MAX_LATENT), {**constants, **shape}
@@ -82,8 +99,8 @@ def cases() -> Iterator[tuple[Any, int, str, str, dict[str, Any]]]:
 
 def resources(kernel: Any, architecture: int, dtype: str, constants: dict[str, Any]) -> dict[str, int]:
     """Registers a thread, stack and local memory in bytes, as the assembler wrote them into the cubin."""
-    options = {name: constants[name] for name in constants if name.islower()}
-    constants = {name: constants[name] for name in constants if not name.islower()}
+    options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
     def kind(name: str) -> str:
         if name in constants:

@@ -16,11 +16,13 @@ from torch import nn
 from defense_vae_fast import Purifier
 from defense_vae_fast.atomic import replacing
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, load_checkpoint, resolve, save_checkpoint
+from defense_vae_fast.nn.kernels.selection import Kernels
 from defense_vae_fast.nn.model import DefenseVAE
 from training import classifiers, pool, recipe
 from training.attacks import PAPER_TEST_ATTACKS, Attack
 from training.data import load_dataset
 from training.device import find_device, place
+from training.step import Amp
 
 RUNS = Path("runs")
 COUNT = click.IntRange(min=1)
@@ -64,11 +66,23 @@ device_option = click.option("--device", default="auto", help="cpu, cuda, cuda:N
 @click.option("--init", help="Start from this purifier, a shipped name or a file, instead of random weights.")
 @click.option("--resume", is_flag=True, help="Go on from the folder's last state.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run's folder.")
+@click.option(
+    "--amp", type=click.Choice(["bf16", "fp16"]), default="bf16", help="Precision of the networks; weights are float32."
+)
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "triton", "torch"]),
+    default="auto",
+    help="Fused Triton kernels or plain torch; auto is Triton on CUDA where it works.",
+)
+@click.option(
+    "--cuda-graph/--no-cuda-graph", default=True, help="On CUDA, launch a whole step at once, as a CUDA graph."
+)
 @device_option
 def fit(
     dataset: str, preset: str, data: Path | None, own: str | None, names: str | None, classifier_epochs: int,
     steps: int | None, kl_weight: float | None, latent_dim: int | None, seed: int | None, out: Path | None,
-    init: str | None, resume: bool, tensorboard: bool, device: str,
+    init: str | None, resume: bool, tensorboard: bool, amp: Amp, kernels: Kernels, cuda_graph: bool, device: str,
 ) -> None:  # fmt: skip
     """Train a purifier for DATASET: fashion_mnist, mnist, or a folder of images, one sub-folder a class.
 
@@ -107,7 +121,10 @@ def fit(
         name: pool.own(name, images, where) if own else pool.for_run(name, images, out, classifier_epochs, where)
         for name in chosen.classifiers
     }
-    result = run(images, attacked, chosen, out, device=where, init=start, resume=resume, tensorboard=tensorboard)
+    result = run(
+        images, attacked, chosen, out, device=where, init=start, resume=resume, tensorboard=tensorboard, amp=amp,
+        kernels=kernels, cuda_graph=cuda_graph,
+    )  # fmt: skip
     click.echo(f"{result.checkpoint} (step {result.step} of {result.steps})")
     if not result.finished:
         click.echo("stopped early; the checkpoint is usable as it is, and --resume goes on", err=True)
