@@ -150,7 +150,7 @@ def _stream_lines(results: Results) -> list[str]:
 
 def gpu_lines(results: Results) -> list[str]:
     """Kernels and training steps on a GPU: nothing where they were not measured."""
-    shown = [f"{row.name}: {row.details['bytes_per_second'] / 1e9:,.0f} GB/s" for row in results.of("copy")]
+    shown = [f"{row.name}: {row.details['bytes_per_second'] / 1e9:,.0f} GB/s" for row in results.of("bandwidth")]
     kernels = results.of("kernel")
     if kernels:
         header = [

@@ -24,9 +24,9 @@ def bandwidth() -> float:
 def test_copy(device: str, measure: Measure, record: Record) -> None:
     from bench import timing
 
-    bandwidth = measure("copy", timing.copy_bandwidth, args=(device,), rounds=1)
+    bandwidth = measure("bandwidth", timing.copy_bandwidth, args=(device,), rounds=1)
     assert bandwidth > 1e9
-    record("copy", "copy of 1 GiB", seconds=[2**31 / bandwidth], device=device, bytes_per_second=bandwidth)
+    record("bandwidth", "copy of 1 GiB", seconds=[2**31 / bandwidth], device=device, bytes_per_second=bandwidth)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["calls", "graph"])

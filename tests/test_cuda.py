@@ -13,11 +13,15 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from defense_vae_fast import cuda
-from defense_vae_fast.engines import EngineUnavailable, candidates, plans, select, tensorrt
+from defense_vae_fast.architecture import VAEConfig
+from defense_vae_fast.engines import EngineUnavailable, candidates, device_arrays, plans, select, tensorrt
 from defense_vae_fast.engines.torch import TorchEngine
+from defense_vae_fast.images import ImageReader
 
 GPU_FILES = (cuda, tensorrt, plans)
 
@@ -138,3 +142,44 @@ def test_the_tensorrt_path_never_imports_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "True"
     assert done.stdout.splitlines()[1] != "None"
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 1), (3, 28, 28, 1), (1, 28, 28), (3, 1, 28, 28)], ids=str)
+def test_cupy_arrays_are_read_where_they_are(shape):
+    """CuPy's functions are NumPy's, so NumPy stands in for it."""
+    uint8 = shape[-1] == 1
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    reader = ImageReader(VAEConfig(), None, 0)
+    for array in [images] if uint8 else [(images / 255).astype(dtype) for dtype in ("f2", "f4", "f8")]:
+        batch = reader._read_cupy_here(np, array)
+        assert batch.on_device
+        assert batch.single is (len(shape) == 3)
+        assert batch.array.dtype == (np.uint8 if uint8 else np.float32)
+        assert batch.array.shape == (1, *shape)[-4:]
+        back = batch.images(batch.array)
+        assert (back.dtype, back.shape) == (array.dtype, array.shape)
+        np.testing.assert_allclose(back, array, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((1, 28, 28), np.int32), "got int32"),
+        (np.zeros((28, 29, 1), np.uint8), "images: expected"),
+        (np.full((1, 28, 28), np.nan, np.float32), "got NaN"),
+        (np.full((1, 28, 28), 2, np.float32), "from 2.0 to 2.0"),
+    ],
+    ids=["dtype", "shape", "NaN", "range"],
+)
+def test_wrong_cupy_arrays_are_refused(array, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ImageReader(VAEConfig(), None, 0)._read_cupy_here(np, array)
+
+
+def test_what_is_not_on_the_gpu_is_no_device_array():
+    with pytest.raises(ValueError, match="contiguous CUDA tensor, got one on cpu"):
+        device_arrays.view(torch.zeros(1, 1, 28, 28))
+    with pytest.raises(TypeError, match="expected a torch tensor or a CuPy array, got numpy"):
+        device_arrays.view(np.zeros((1, 1, 28, 28), np.float32))
+    made = device_arrays.empty(torch.zeros(1), (2, 3), np.dtype(np.uint8))
+    assert (made.dtype, tuple(made.shape)) == (torch.uint8, (2, 3))

@@ -295,6 +295,17 @@ def test_a_graph_that_is_none_is_a_build_error(checkpoint):
         plans.build(plans.RTX, checkpoint, key, b"not a graph")
 
 
+@rtx
+def test_timing_cache_and_lean_flags_pass_through_a_builder(checkpoint):
+    """TensorRT's alone, but its builder is not here; TensorRT-RTX's has the same calls."""
+    package = replace(plans.RTX, times=True)
+    key, graph = key_of(checkpoint, "half", (1,), package=package)
+    for _ in range(2):  # the second reads what the first wrote
+        assert plans.build(package, checkpoint, replace(key, lean=True), graph).data
+        (times,) = cache.folder("plans").glob("*.timing")
+        assert times.stat().st_size > 0
+
+
 LEAN_KEY = plans.Key(
     package="tensorrt_lean",
     package_version="10.9.0",
