@@ -444,6 +444,9 @@ def _describe(name: str) -> list[str]:
         lines.append(f"  recipe: {json.dumps(known.recipe)}")
     if known.accuracies:
         lines += [f"  {line}" for line in _outline("measured", known.accuracies)]
+    if known.quantization:
+        title = f"int8 scales for {_count(len(known.quantization.amax), 'layer')}"
+        lines += [f"  {line}" for line in _outline(title, known.quantization.accuracies)]
     return lines
 
 

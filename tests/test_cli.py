@@ -733,6 +733,17 @@ def test_info_tells_accuracies_in_one_line_per_classifier(stand_in):
     assert lines[first + 8] == "cache"
 
 
+def test_info_tells_int8_scales_and_what_they_cost(stand_in):
+    scales = checkpoint.Quantization({"mu": 2.0, "decoder1": 3.0}, accuracies={"worst": -0.1, "cells": {"A": [90.5]}})
+    checkpoint.save_checkpoint(
+        stand_in / "fashion_mnist.safetensors", replace(random_checkpoint(), quantization=scales)
+    )
+    lines = run("info").stdout.splitlines()
+    first = lines.index("    int8 scales for 2 layers: worst -0.1")
+    assert lines[first + 1] == "      cells: A 90.5"
+    assert lines[first + 2] == "cache"
+
+
 def test_info_says_why_an_engine_does_not_work(tmp_path):
     program = "import sys; sys.modules['torch'] = None; from defense_vae_fast.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", program, "info"], capture_output=True, text=True, check=True)
