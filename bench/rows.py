@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Group = Literal[
-    "startup", "matmul", "copy", "bandwidth", "engine", "device", "released", "search", "stream", "kernel", "step", "paper"
+    "startup", "matmul", "copy", "bandwidth", "engine", "device", "released", "search", "stream", "kernel", "step",
+    "paper",
 ]  # fmt: skip
 
 P99_CALLS = 100  # fewer calls than this have no 99th percentile worth printing

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 from weakref import WeakSet
 
 import numpy as np
+import numpy.typing as npt
 
 from defense_vae_fast import __version__
 from defense_vae_fast.architecture import VAEConfig
@@ -20,6 +21,7 @@ from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint
 from defense_vae_fast.engines import label, select
 from defense_vae_fast.engines.base import DEFAULT_MAX_BATCH, EngineUnavailable
 from defense_vae_fast.images import ImageReader
+from defense_vae_fast.regions import Method, Regions, Tiles, purify_regions, purify_tiles
 from defense_vae_fast.stream import Result, Stream
 
 if TYPE_CHECKING:
@@ -222,6 +224,55 @@ class Purifier:
         )
         self._streams.add(stream)
         return stream
+
+    def regions(
+        self,
+        frame: npt.NDArray[np.uint8],
+        boxes: Any,
+        *,
+        size: int | tuple[int, int] | None = None,
+        resize: Method = "area",
+        paste: bool = False,
+    ) -> Regions:
+        """Purify what a detector's boxes show: cut out, resized to the network's size, purified in one batch.
+
+        Resizing costs accuracy where a box is much larger or smaller than the network's images; docs/embedding.md says
+        how much.
+
+        Args:
+            frame: uint8 (H, W) or (H, W, C) in 0..255, with the network's channels; only read.
+            boxes: (N, 4) numbers (left, top, right, bottom) in pixels; widened to whole pixels and cut at the frame's
+                edge. N may be 0.
+            size: side, or (height, width), of the images that come back, a classifier's for instance; None for the
+                network's own.
+            resize: "area" averages along an axis that shrinks and interpolates along one that grows; "bilinear"
+                interpolates along both.
+            paste: also give a copy of the frame with the purified boxes put back in their place.
+
+        Raises:
+            TypeError: ``frame`` is no uint8 array.
+            ValueError: a wrong shape, or a box without a pixel in the frame.
+            RuntimeError: the Purifier is closed.
+        """
+        return purify_regions(self._purify_scored, self.config, frame, boxes, size, resize, paste)
+
+    def tiles(self, frame: npt.NDArray[np.uint8], *, overlap: int | None = None) -> Tiles:
+        """Purify a whole frame at its own scale, in overlapping tiles of the network's size whose seams are blended.
+
+        Args:
+            frame: uint8 (H, W) or (H, W, C) in 0..255, with the network's channels, at least a tile large; only read.
+            overlap: pixels that neighbouring tiles share, at most half a tile; None for a quarter.
+
+        Raises:
+            TypeError: ``frame`` is no uint8 array.
+            ValueError: a wrong shape or overlap.
+            RuntimeError: the Purifier is closed.
+        """
+        return purify_tiles(self._purify_scored, self.config, frame, overlap)
+
+    def _purify_scored(self, images: Any) -> tuple[Any, Any]:
+        purified, scores = self(images, return_score=True)
+        return purified, scores
 
     def warmup(self) -> None:
         """Compile and run whatever a later call could need, so that none pays for a first use.
