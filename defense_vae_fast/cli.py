@@ -327,8 +327,8 @@ Examples:
     help="Kind of images; may be repeated. uint8 (N, H, W, C), float or half (N, C, H, W) in [0, 1].",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16"]),
-    help="Of onnx and openvino; fp32 by default. TensorRT is fp16.",
+    "--precision", type=click.Choice(["fp32", "fp16", "int8"]),
+    help="fp32 by default, fp16 for TensorRT; int8 for checkpoints with scales.",
 )  # fmt: skip
 @click.option(
     "--max-batch", type=click.IntRange(1, 1 << 16), default=256, show_default=True,
@@ -362,7 +362,7 @@ def export(
     for kind in dict.fromkeys(kinds):
         done = work.export(
             checkpoint, format_, output, kind,  # type: ignore[arg-type]  # click has checked it
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             max_batch=max_batch, lean=lean, compute_capabilities=capabilities, force=force,
         )  # fmt: skip
         sizes = ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in done.paths)

@@ -41,7 +41,7 @@ def export(
     folder: Path,
     kind: onnx_graph.ImageKind = "uint8",
     *,
-    precision: onnx_graph.Precision | None = None,
+    precision: str | None = None,
     max_batch: int = BUCKETS[-1],
     lean: bool = False,
     compute_capabilities: Sequence[str] = (),
@@ -54,8 +54,8 @@ def export(
         format: one of ``FORMATS``.
         folder: where the files go; made if it is not there.
         kind: "uint8" (N, H, W, C), "float" (N, C, H, W) float32 or "half" the same in float16, both in [0, 1].
-        precision: of weights and arithmetic in ONNX, of weights in OpenVINO IR: "fp32" (the default) or "fp16".
-            TensorRT is always fp16.
+        precision: of weights and arithmetic in ONNX, of weights in OpenVINO IR: "fp32" (the default), "fp16", or "int8"
+            for checkpoints with scales. TensorRT: "fp16" (the default) or "int8".
         max_batch: largest batch of a TensorRT plan; the other formats take any.
         lean: a plan for the lean runtime; format "tensorrt" alone.
         compute_capabilities: of the GPUs that a TensorRT-RTX plan is for, such as "8.9"; all that it knows by default.
@@ -70,20 +70,29 @@ def export(
     _check_options(format, kind, precision, lean, compute_capabilities)
     stem = f"{Path(checkpoint).stem}.{kind}"
     precision = precision or ("fp16" if format in _PACKAGES or kind == "half" else "fp32")
+    suffix = "" if precision == "fp16" else f".{precision}"
     names = {
         "onnx": (f"{stem}.{precision}.onnx",),
         "openvino": (f"{stem}.{precision}.xml", f"{stem}.{precision}.bin"),
-    }.get(format, tuple(f"{stem}.{format}{'-lean' if lean else ''}{s}" for s in (".plan", ".json", ".safetensors")))
+    }.get(
+        format,
+        tuple(f"{stem}{suffix}.{format}{'-lean' if lean else ''}{s}" for s in (".plan", ".json", ".safetensors")),
+    )
     paths = tuple(folder / name for name in names)
     if not force and (there := [path for path in paths if path.exists()]):
         raise FileExistsError(f"{there[0]} exists; use --force to replace it")
     loaded = load_checkpoint(checkpoint)
     if format in _PACKAGES:
         buckets = buckets_for(max_batch)
-        plan, note = _build(_PACKAGES[format], loaded, kind, buckets, lean, tuple(compute_capabilities))
+        plan, note = _build(_PACKAGES[format], loaded, kind, precision, buckets, lean, tuple(compute_capabilities))
         plans.write(plan, paths[0])
         return Exported(paths, note)
-    graph = onnx_graph.build(loaded, "fp32" if format == "openvino" else precision, kind)
+    # OpenVINO stores fp16 weights of an fp32 graph. An int8 graph with fp16 images is TensorRT's, the other x86's.
+    fp32 = format == "openvino" and precision != "int8"
+    chosen: dict[str, onnx_graph.Precision] = {
+        "fp32": "fp32", "fp16": "fp32" if fp32 else "fp16", "int8": "int8_fp16" if kind == "half" else "int8",
+    }  # fmt: skip
+    graph = onnx_graph.build(loaded, chosen[precision], kind)
     if format == "onnx":
         with replacing(paths[0]) as file:
             file.write(graph.SerializeToString())
@@ -98,10 +107,10 @@ def _check_options(
     for name, value, known in (("format", format, FORMATS), ("images", kind, KINDS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    if precision not in (None, "fp32", "fp16"):
-        raise ValueError(f"precision: expected fp32 or fp16, got {precision!r}")
+    if precision not in (None, "fp32", "fp16", "int8"):
+        raise ValueError(f"precision: expected fp32, fp16 or int8, got {precision!r}")
     if precision == "fp32" and (format in _PACKAGES or kind == "half"):
-        raise ValueError(f"precision: expected fp16 with {format} and {kind} images, got 'fp32'")
+        raise ValueError(f"precision: expected fp16 or int8 with {format} and {kind} images, got 'fp32'")
     if format == "openvino" and kind == "half":
         raise ValueError("images: expected uint8 or float with openvino, got 'half'")
     if lean and format != "tensorrt":
@@ -114,6 +123,7 @@ def _build(
     package: plans.Package,
     checkpoint: Checkpoint,
     kind: onnx_graph.ImageKind,
+    precision: str,
     buckets: tuple[int, ...],
     lean: bool,
     compute_capabilities: tuple[str, ...],
@@ -133,7 +143,7 @@ def _build(
         if no_gpu is not None:
             raise EngineUnavailable(f"{package.module} builds on the GPU that the engine is for, and {no_gpu}")
         target, here = tensorrt_engine.target_of(cuda.Device.get(cuda.current_ordinal())), True
-    key, graph = plans.make_key(package, checkpoint, kind, target, buckets, lean=lean)
+    key, graph = plans.make_key(package, checkpoint, kind, target, buckets, precision=precision, lean=lean)
     plan = plans.build(package, checkpoint, key, graph)
     if not here:
         return plan, "built, not yet compared with float32: no such GPU here; every load on a GPU does that first"

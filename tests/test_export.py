@@ -117,12 +117,14 @@ def test_nothing_is_overwritten_without_force(tmp_path, checkpoint_path, format)
         (("-f", "tensorrt-rtx", "--precision", "fp32"), "precision: expected fp16"),
         (("-f", "openvino", "--images", "half"), "expected uint8 or float with openvino"),
         (("-f", "onnx", "--images", "half", "--precision", "fp32"), "precision: expected fp16"),
+        (("-f", "onnx", "--precision", "int8"), "expected a checkpoint with int8 scales"),
+        (("-f", "tensorrt-rtx", "--precision", "int8"), "expected a checkpoint with int8 scales"),
         (("-f", "pickle"), "pickle"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_impossible_exports_are_refused(tmp_path, checkpoint_path, words, message):
-    if "9.0" in words and (reason := plans.RTX.missing()):
+    if "tensorrt-rtx" in words and (reason := plans.RTX.missing()):
         pytest.skip(reason)
     result = run("export", checkpoint_path, "-o", tmp_path, *words)
     assert result.exit_code == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from functools import partial
 
@@ -17,8 +16,8 @@ from torch.nn import functional as F
 
 from defense_vae_fast import Purifier, onnx_graph
 from defense_vae_fast.architecture import VAEConfig
-from defense_vae_fast.checkpoint import Quantization
-from defense_vae_fast.engines import EngineUnavailable
+from defense_vae_fast.checkpoint import Quantization, load_checkpoint
+from defense_vae_fast.engines import EngineUnavailable, plans
 from defense_vae_fast.engines.openvino import OpenVINOEngine
 from training import evaluate as measure
 from training.attacks import FGSM
@@ -218,12 +217,11 @@ def test_openvino_gives_an_image_the_same_bytes_in_any_batch(engine, quantized):
     single, score = engine.run(levels[3:4])
     assert np.array_equal(single, purified[3:4])
     assert score == scores[3]
-    assert np.array_equal(engine.submit(levels).result()[0], purified)
 
 
 def test_openvino_multiplies_integers_in_every_layer(engine, quantized):
     """Precision is not lost on the way: what each layer takes in says what it was compiled to."""
-    compiled = engine._single_lane("uint8")._compiled
+    compiled = engine._single_lane("uint8").free.get().request.get_compiled_model()
     layers = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         details = node.get_rt_info()
@@ -310,25 +308,32 @@ def test_evaluate_measures_engines_on_the_same_images(dataset, classifier_d, qua
     assert measure.for_header(cells)["D"]["fgsm"] == [cells[1].bare, cells[1].purified, cells[1].purified]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="the package tensorrt-rtx-cu13 is not installed"
-)
-@pytest.mark.parametrize("image", ["float", "uint8"])
+@pytest.mark.skipif(plans.RTX.missing() is not None, reason=str(plans.RTX.missing()))
+@pytest.mark.parametrize("image", ["float", "uint8", "half"])
 def test_tensorrt_rtx_builds_it_strongly_typed(quantized28, image):
-    import tensorrt_rtx as trt
+    key, graph = plans.make_key(
+        plans.RTX, quantized28, image, {"compute_capabilities": ["8.9"]}, (1, 64), precision="int8"
+    )
+    plan = plans.build(plans.RTX, quantized28, key, graph)
+    assert plan.header["key"]["precision"] == "int8"
+    assert plan.buckets == (1, 64)
+    assert len(plan.data) > quantized28.config.weight_bytes(1)  # the weights are in it
 
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse(onnx_graph.build(quantized28, "int8_fp16", image).SerializeToString())
-    assert parsed, [str(parser.get_error(i)) for i in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    size = (1, 28, 28) if image == "float" else (28, 28, 1)
-    profile.set_shape("images", (1, *size), (8, *size), (64, *size))
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    assert plan is not None
-    # The integer weights are 2.6 MB, their fp16 form is twice that.
-    assert plan.nbytes > 1 << 20
+
+def test_plans_of_int8_accept_what_int8_rounds_and_no_more():
+    if reason := plans.RTX.missing():
+        pytest.skip(reason)
+    shipped = load_checkpoint("fashion_mnist")
+    key, _ = plans.make_key(plans.RTX, shipped, "float", {"compute_capabilities": ["8.9"]}, (8,), precision="int8")
+    images, purified, scores = plans._vectors(shipped)
+    plan = plans.Plan(b"", (8,), images, purified, scores, {"key": key.to_dict()})
+    rounded = run_graph(shipped, "int8_fp16", plan.trial(4))
+    assert plan.disagreement(*rounded) is None
+    assert plan.disagreement(rounded[0][::-1], rounded[1]) is not None
+
+
+def test_plans_of_int8_need_scales():
+    if reason := plans.RTX.missing():
+        pytest.skip(reason)
+    with pytest.raises(ValueError, match="python -m training quantize"):
+        plans.make_key(plans.RTX, random_checkpoint(), "float", {}, (8,), precision="int8")

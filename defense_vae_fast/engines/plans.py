@@ -38,7 +38,7 @@ from defense_vae_fast.engines.base import EngineUnavailable
 from defense_vae_fast.engines.trial import trial_images
 
 if TYPE_CHECKING:
-    from defense_vae_fast.onnx_graph import ImageKind
+    from defense_vae_fast.onnx_graph import ImageKind, Precision
 
 FORMAT = 1
 Target = dict[str, Any]
@@ -49,9 +49,11 @@ WORKSPACE_BYTES = 1 << 30
 TRUSTED_FOLDER = "DEFENSE_VAE_FAST_PLANS"
 """Environment variable: a folder of plans made elsewhere by ``defense-vae-fast export``, which the operator trusts."""
 
-# fp16 keeps 11 bits: a trained network moves by less than half a grey level. Beyond these it is broken, not rounded.
-MEAN_TOLERANCE = 0.5
-MAX_TOLERANCE = 8.0
+# Grey levels on average and at most. fp16 keeps 11 bits: a trained network moves by less than half a level; by 0.8 in
+# int8. Beyond these it is broken, not rounded.
+TOLERANCE = {"fp16": (0.5, 8.0), "int8": (5.0, 64.0)}
+GRAPHS: dict[str, Precision] = {"fp16": "fp16", "int8": "int8_fp16"}
+"""Precision of a plan, and of the graph that it is built from."""
 
 _MAX_HEADER_BYTES = 1 << 20
 _FEW_PIXELS = 64 * 64  # larger images have one trial image instead of four: a plan's vectors stay below 40 MB
@@ -111,6 +113,7 @@ class Key:
         library_version: this library's version.
         checkpoint: the checkpoint's digest, for people; the graph's covers the weights.
         graph: SHA-256 of the serialized ONNX graph: weights, precision, kind of images.
+        precision: "fp16" or "int8".
         kind: what the images are.
         buckets: batch sizes that have a profile; the largest one's profile takes any number up to it.
         workspace: most bytes of scratch memory that a kernel may use.
@@ -124,6 +127,7 @@ class Key:
     library_version: str
     checkpoint: str
     graph: str
+    precision: str
     kind: ImageKind
     buckets: tuple[int, ...]
     workspace: int
@@ -139,7 +143,7 @@ class Key:
     def stem(self) -> str:
         """Name of the plan's files in the cache."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return f"{self.package}-{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        return f"{self.package}-{self.precision}-{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 @dataclass(frozen=True)
@@ -187,12 +191,13 @@ class Plan:
         error = np.abs(levels - expected)
         mean, largest = float(error.mean()), float(error.max())
         score = 0.0 if scores is None else 255 * float(np.abs(scores - self.scores[turn]).max())
+        mean_limit, limit = TOLERANCE[self.header["key"]["precision"]]
         # Written so that a NaN fails.
-        if mean <= MEAN_TOLERANCE + rounding and largest <= MAX_TOLERANCE + rounding and score <= MEAN_TOLERANCE:
+        if mean <= mean_limit + rounding and largest <= limit + rounding and score <= mean_limit:
             return None
         return (
             f"differs from float32 by {mean:.2f} grey levels on average, {largest:.1f} at most and {score:.2f} in the "
-            f"score; expected at most {MEAN_TOLERANCE}, {MAX_TOLERANCE} and {MEAN_TOLERANCE}, rounding aside"
+            f"score; expected at most {mean_limit}, {limit} and {mean_limit}, rounding aside"
         )
 
 
@@ -203,19 +208,25 @@ def make_key(
     target: Target,
     buckets: Sequence[int],
     *,
+    precision: str = "fp16",
     lean: bool = False,
     workspace: int = WORKSPACE_BYTES,
 ) -> tuple[Key, bytes]:
-    """The key of a plan, and the ONNX graph that it is built from."""
+    """The key of a plan, and the ONNX graph that it is built from.
+
+    Raises:
+        ValueError: ``precision`` is "int8" and the checkpoint has no scales.
+    """
     from defense_vae_fast import onnx_graph
 
-    graph = onnx_graph.build(checkpoint, "fp16", kind).SerializeToString()
+    graph = onnx_graph.build(checkpoint, GRAPHS[precision], kind).SerializeToString()
     key = Key(
         package=package.module,
         package_version=str(package.load().__version__),
         library_version=__version__,
         checkpoint=checkpoint.digest,
         graph=hashlib.sha256(graph).hexdigest(),
+        precision=precision,
         kind=kind,
         buckets=tuple(buckets),
         workspace=workspace,
@@ -228,8 +239,8 @@ def make_key(
 def build(package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, progress: Progress | None = None) -> Plan:
     """Build a plan; seconds with TensorRT-RTX, minutes with TensorRT, with a progress bar on a terminal.
 
-    The network is strongly typed: fp16 wherever the graph says so, float32 for the sigmoid and the score. No flag lets
-    the builder choose another precision.
+    The network is strongly typed: fp16 or int8 wherever the graph says so, float32 for the sigmoid and the score. No
+    flag lets the builder choose another precision.
 
     Raises:
         BuildError: the graph was not understood, or no engine came out.
@@ -536,7 +547,7 @@ def _misfit(key: dict[str, Any], wanted: Key) -> str | None:
     lean = wanted.package == LEAN.module
     if lean:
         want["package"] = TENSORRT.module
-    for name in ("format", "package", "library_version", "graph", "kind", "workspace", "lean"):
+    for name in ("format", "package", "library_version", "precision", "graph", "kind", "workspace", "lean"):
         if key[name] != want[name]:
             return f"{name}: expected {want[name]!r}, got {key[name]!r}"
     if lean and not _runs_later(key["package_version"], wanted.package_version):

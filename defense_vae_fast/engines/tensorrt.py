@@ -65,13 +65,15 @@ class PoisonedError(RuntimeError):
 class TensorRTEngine(Engine):
     """TensorRT 10.3 or later, fp16 from the image to the last layer's logits, float32 for sigmoid and score.
 
+    "auto" is fp16. "int8" is for checkpoints with scales: int8 layers, the first one and all else as with fp16.
+
     Batches of 1, 8, 32, 64, 128, 256 (and ``max_batch``, if larger) have a profile each; others are padded to the next.
     The first load on a machine builds the engines, which takes minutes; later ones read them from the cache.
     """
 
     name = "tensorrt"
     devices = ("cuda",)
-    precisions = ("fp16",)
+    precisions = ("fp16", "int8")
     dynamic_batch = False
     differentiable = False
     extra = "tensorrt"
@@ -82,8 +84,10 @@ class TensorRTEngine(Engine):
     cupy_device: int
     """Number of the device whose CuPy arrays :meth:`run_tensor` takes."""
 
-    def __init__(self, checkpoint: Checkpoint, device: cuda.Device, max_batch: int, streams: int) -> None:
-        super().__init__(checkpoint, "fp16", "cuda", max_batch)
+    def __init__(
+        self, checkpoint: Checkpoint, precision: str, device: cuda.Device, max_batch: int, streams: int
+    ) -> None:
+        super().__init__(checkpoint, precision, "cuda", max_batch)
         self.streams = streams
         self.tensor_device = f"cuda:{device.ordinal}"
         self.cupy_device = device.ordinal
@@ -152,8 +156,9 @@ class TensorRTEngine(Engine):
         streams = check_count("streams", _STREAMS if streams is None else streams, limit=_MAX_STREAMS)
         if reason := cls.available(device):
             raise EngineUnavailable(f"the {cls.name} engine cannot work here: {reason}")
+        precision = "fp16" if precision == "auto" else precision
         try:
-            return cls(checkpoint, cuda.Device.get(cuda.current_ordinal()), max_batch, streams)
+            return cls(checkpoint, precision, cuda.Device.get(cuda.current_ordinal()), max_batch, streams)
         except PermissionError as error:
             raise EngineUnavailable(f"the {cls.name} engine has no cache: {error}") from error
 
@@ -336,7 +341,9 @@ class TensorRTEngine(Engine):
         lean = self.package is plans.LEAN
         gpu = self._gpu
         target = {"compute_capabilities": [gpu.compute_capability]} if self.package.portable else target_of(gpu)
-        key, graph = plans.make_key(self.package, self._checkpoint, kind, target, self._planned, lean=lean)
+        key, graph = plans.make_key(
+            self.package, self._checkpoint, kind, target, self._planned, precision=self.precision, lean=lean
+        )
         for _ in range(2):  # a plan from elsewhere that does not load is replaced by one built here
             with gpu:
                 plan = plans.obtain(self.package, self._checkpoint, key, graph, self._buckets)
