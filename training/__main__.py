@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -121,11 +122,13 @@ def fit(
         name: pool.own(name, images, where) if own else pool.for_run(name, images, out, classifier_epochs, where)
         for name in chosen.classifiers
     }
+    begun = time.monotonic()
     result = run(
         images, attacked, chosen, out, device=where, init=start, resume=resume, tensorboard=tensorboard, amp=amp,
         kernels=kernels, cuda_graph=cuda_graph,
     )  # fmt: skip
-    click.echo(f"{result.checkpoint} (step {result.step} of {result.steps})")
+    spent = time.monotonic() - begun
+    click.echo(f"{result.checkpoint} (step {result.step} of {result.steps}, in {spent:,.0f} s, pairs included)")
     if not result.finished:
         click.echo("stopped early; the checkpoint is usable as it is, and --resume goes on", err=True)
         sys.exit(130)
