@@ -273,8 +273,8 @@ def _weight(graph: _Graph, layer: Layer, weight: Float64) -> str:
 
 def _from_uint8(graph: _Graph, config: VAEConfig) -> str:
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
-    # TensorRT knows uint8 only as the type of a network's inputs and outputs: for it the cast comes first. When it comes
-    # last, OpenVINO fuses it into the first int8 convolution, and a pixel is moved while it is one byte.
+    # TensorRT knows uint8 only as the type of a network's inputs and outputs: for it the cast comes first. A cast that
+    # comes last is fused into OpenVINO's first int8 convolution, and a pixel is moved while it is one byte.
     x = graph.node("Cast", [INPUT], to=TensorProto.FLOAT) if graph.half else INPUT
     if config.channels == 1:  # the same values in the same order
         x = graph.node("Reshape", [x, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
