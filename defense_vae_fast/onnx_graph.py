@@ -159,6 +159,7 @@ class _Graph:
 
     def __init__(self, dtype: np.dtype[Any], amax: Mapping[str, float], unsigned: bool) -> None:
         self.dtype = dtype
+        self.half = dtype == np.float16
         self.amax = amax
         """Layers done in integers, and the largest magnitude of their input."""
         self.unsigned = unsigned
@@ -280,12 +281,14 @@ def _weight(graph: _Graph, layer: Layer, weight: Float64) -> str:
 
 def _from_uint8(graph: _Graph, config: VAEConfig) -> str:
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
-    # Cast first: TensorRT knows uint8 only as the type of a network's inputs and outputs.
-    x = graph.node("Cast", [INPUT], to=TensorProto.FLOAT)
+    # TensorRT knows uint8 only as the type of a network's inputs and outputs: for it the cast comes first. A cast that
+    # comes last is fused into OpenVINO's first int8 convolution, and a pixel is moved while it is one byte.
+    x = graph.node("Cast", [INPUT], to=TensorProto.FLOAT) if graph.half else INPUT
     if config.channels == 1:  # the same values in the same order
         x = graph.node("Reshape", [x, graph.constant("nchw_shape", np.array([0, *config.image_shape]))])
     else:
         x = graph.node("Transpose", [x], perm=[0, 3, 1, 2])
+    x = x if graph.half else graph.node("Cast", [x], to=TensorProto.FLOAT)
     return graph.node("Mul", [x, graph.constant("one_255th", np.array(1 / 255, dtype=np.float32))])
 
 
@@ -294,11 +297,15 @@ def _to_uint8(graph: _Graph, config: VAEConfig, purified: str) -> None:
     channels, height, width = config.image_shape
     x = graph.node("Mul", [purified, graph.constant("levels", np.array(255, dtype=np.float32))])
     x = graph.node("Round", [x])
+    x = x if graph.half else graph.node("Cast", [x], to=TensorProto.UINT8)  # as in _from_uint8
+    output = None if graph.half else PURIFIED
     if channels == 1:
-        x = graph.node("Reshape", [x, graph.constant("nhwc_shape", np.array([0, height, width, 1]))])
+        shape = graph.constant("nhwc_shape", np.array([0, height, width, 1]))
+        x = graph.node("Reshape", [x, shape], output=output)
     else:
-        x = graph.node("Transpose", [x], perm=[0, 2, 3, 1])
-    graph.node("Cast", [x], output=PURIFIED, to=TensorProto.UINT8)
+        x = graph.node("Transpose", [x], output=output, perm=[0, 2, 3, 1])
+    if graph.half:
+        graph.node("Cast", [x], output=PURIFIED, to=TensorProto.UINT8)
 
 
 def _model(graph: _Graph, checkpoint: Checkpoint, precision: Precision, image: ImageKind) -> onnx.ModelProto:

@@ -222,20 +222,17 @@ def test_openvino_gives_an_image_the_same_bytes_in_any_batch(engine, quantized):
 def test_openvino_multiplies_integers_in_every_layer(engine, quantized):
     """Precision is not lost on the way: what each layer takes in says what it was compiled to."""
     compiled = engine._single_lane("uint8").free.get().request.get_compiled_model()
-    layers = {}
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        details = node.get_rt_info()
-        if details["layerType"].astype(str) in (
-            "Convolution",
-            "ConvolutionBackpropData",
-            "Deconvolution",
-            "FullyConnected",
-            "FullyConnectedQuantizedLegacy",
-            "FullyConnectedQuantized",
-        ):
-            layers[node.friendly_name] = node.input(0).get_element_type().get_type_name()
+    nodes = compiled.get_runtime_model().get_ordered_ops()
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
+    layers = {
+        node.friendly_name: node.input(0).get_element_type().get_type_name()
+        for node, kind in zip(nodes, kinds, strict=True)
+        if "Convolution" in kind or "Deconvolution" in kind or "FullyConnected" in kind
+    }
     assert len(layers) == len(quantized.config.layers()) - 1
     assert set(layers.values()) <= {"u8", "i8"}, layers
+    # The bytes of an image go into the first layer as they are.
+    assert set(kinds[: kinds.index("Convolution")]) <= {"Input", "Const", "Reshape", "Transpose", "Reorder"}
 
 
 def test_auto_never_takes_int8(quantized28):
