@@ -606,7 +606,7 @@ ROWS = [
     {"architecture", "atomic"},
     {"checkpoint", "files", "images"},
     {"onnx_graph", "contact_sheet", "nn"},
-    {"engines"},
+    {"engines", "joined_graph"},
     {"backlog", "histogram"},
     {"stream", "regions"},
     {"purifier"},  # its ``submit`` and ``stream`` are a stream's
