@@ -358,7 +358,7 @@ class _Core:
         self._waits = when_full == "block"
         self._callback = callback
         self._process = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a forgotten Stream may be collected, and ``end`` called, while it is held
         self._work = threading.Condition(self._lock)  # for the thread: there is something to do
         self._room = threading.Condition(self._lock)  # for those who put: there may be room
         self._readable = threading.Condition(self._lock)  # for readers: there is a result, or the end

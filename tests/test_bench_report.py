@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import inputs, load, machine, plot, report, soak
+from bench import inputs, load, machine, plot, regions, report, soak
 from bench.rows import Results, Row, fit
 from defense_vae_fast import Purifier
 from defense_vae_fast.checkpoint import Checkpoint
@@ -371,3 +371,11 @@ def test_the_soak_notices_a_wrong_image_and_a_wrong_order() -> None:
     assert checker.digest != checker.expected
     checker(Result(right, 0.0, "a", (3, 0, False), 0.0))
     assert [line.split(": ")[1][:7] for line in checker.wrong] == ["frame 1", "frame 3"]
+
+
+@pytest.mark.parametrize("side", [28, 41])
+def test_a_mosaic_is_cut_up_again(side: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, side, side, 1), dtype=np.uint8)
+    frame = regions.mosaic(images)
+    assert frame.shape == (2 * side, 25 * side, 1)
+    np.testing.assert_array_equal(regions.cut(frame, 50, side), images)

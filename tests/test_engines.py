@@ -608,7 +608,7 @@ ROWS = [
     {"architecture", "atomic", "cache"},
     {"checkpoint", "files", "images", "frames"},
     {"onnx_graph", "contact_sheet", "nn", "cuda"},
-    {"engines"},
+    {"engines", "joined_graph"},
     {"backlog", "histogram"},
     {"stream", "regions"},
     {"purifier"},  # its ``submit`` and ``stream`` are a stream's

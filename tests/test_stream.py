@@ -490,6 +490,26 @@ def test_a_forgotten_stream_ends_its_thread(checkpoint: Checkpoint, frames: Arra
     wait_until(lambda: gc.collect() >= 0 and engine() is None)
 
 
+def test_a_stream_may_be_collected_at_any_moment(purifier: Purifier, gate: Gate, frames: Array) -> None:
+    """The garbage collector may run in the stream's own thread, in the middle of what it does."""
+    stream = purifier.stream()
+    busy(stream, gate, frames[0])
+    core = stream._core
+
+    def collected() -> None:
+        with core._lock:
+            core.end()
+
+    thread = threading.Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(WAIT)
+    assert not thread.is_alive()
+    gate.open()
+    assert core._thread is not None
+    core._thread.join(WAIT)
+    assert stream.stats()["frames_out"] == 1
+
+
 # Callbacks
 
 

@@ -439,7 +439,7 @@ def test_fit_on_own_images_and_classifier(tmp_path: Path, monkeypatch: pytest.Mo
     cells = json.loads((tmp_path / "out" / "cells.json").read_text())["sections"]["attacked classifiers"]["cells"]
     assert [cell["attack"] for cell in cells] == ["clean", "fgsm", "rand_fgsm", "cw"]
     kept = load_checkpoint(tmp_path / "out" / "kept.safetensors").accuracies
-    section = kept["test images, attacks away from true labels"]["attacked classifiers"]
+    section = kept[f"{cells[0]['images']} test images, attacks away from true labels"]["attacked classifiers"]
     assert section["mine:make"]["clean"] == [cells[0]["bare"], cells[0]["purified"]]
 
 

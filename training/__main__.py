@@ -232,7 +232,7 @@ def evaluate(
         with replacing(json_path) as file:
             file.write(json.dumps(record, indent=1).encode() + b"\n")
     if save:
-        key = f"{split} images, attacks away from {'predicted' if predicted_labels else 'true'} labels"
+        key = f"{len(part)} {split} images, attacks away from {'predicted' if predicted_labels else 'true'} labels"
         save_checkpoint(save, replace(bundle, accuracies={**bundle.accuracies, key: kept}))
 
 
