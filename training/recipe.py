@@ -109,7 +109,7 @@ PRESETS: dict[str, Recipe] = {
     ),
     # After it, with --init: the attacked classifier judges its own images too, D has more turns, more images are clean.
     "polish": Recipe(
-        "polish", "fly", ("A", "D", "residual", "B", "D", "vgg_bn", "C", "D", "residual_stem"), steps=16000,
+        "polish", "fly", ("A", "D", "residual", "B", "D", "vgg_bn", "C", "D", "residual_stem"), steps=12000,
         attacked=30, clean=18, learning_rate=7e-4, warmup=100, decay=0.7, agreement_weight=30.0,
         own_agreement_weight=30.0, averaging=0.998,
     ),
