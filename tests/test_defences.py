@@ -228,9 +228,9 @@ def test_end_to_end_trains_both_and_keeps_what_it_was_given(
     assert (weights_digest(classifier_d), weights_digest(purifier)) == before
     assert weights_digest(pair.classifier) != before[0]
     lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
-    assert [line["step"] for line in lines] == [4, 8]
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    assert set(lines[0]) == {"step", "loss", "clean", "fgsm_0.3"}
+    assert [line["step"] for line in lines] == [0, 4, 8]
+    assert lines[2]["loss"] < lines[1]["loss"]
+    assert set(lines[1]) == {"step", "loss", "clean", "fgsm_0.3"}
     written = load_checkpoint(tmp_path / CHECKPOINT_FILE)
     assert written.recipe["classifier_weight"] == 100.0
     assert written.recipe["kind"] == "finetune"

@@ -162,6 +162,8 @@ def finetune(
         header = {**classifier_identity(data), **recipe, "purifier": digest}
         save_classifier(out / CLASSIFIER_FILE, name, student, header, half=False)
 
+    if not resume:
+        run.log({"step": 0, **report(0)})
     vae.train()
     student.train()
     made = run.train(

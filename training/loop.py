@@ -56,6 +56,11 @@ class Run:
         elif state.exists():
             raise FileExistsError(f"{self.out}: holds a run already; go on with --resume, or choose another --out")
 
+    def log(self, line: Mapping[str, float]) -> None:
+        """Append a line to the run's log."""
+        with (self.out / LOG_FILE).open("a") as log:
+            log.write(json.dumps(dict(line)) + "\n")
+
     def train(
         self,
         title: str,
@@ -97,9 +102,7 @@ class Run:
                 progress.update(1, images=images, loss=loss)
                 ends = made == steps
                 if report is not None and (ends or (report_every and made % report_every == 0)):
-                    line = {"step": made, "loss": round(float(loss), 5), **report(made)}
-                    with (self.out / LOG_FILE).open("a") as log:
-                        log.write(json.dumps(line) + "\n")
+                    self.log({"step": made, "loss": round(float(loss), 5), **report(made)})
                 stop = stopping.is_set()  # asked once: what is left behind here is written first
                 if ends or stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     _save(state, made, modules, optimizers, self.about, self.device)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, PGD, Attack, CarliniWagnerL2, predict
+from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, PGD, Attack, CarliniWagnerL2, DeepFool, predict
 from training.data import Split, to_float, to_uint8
 from training.progress import bar
 from training.recipe import Recipe
@@ -79,7 +79,7 @@ class TablePairs:
         batch_size: pairs a step.
         seed: seeds the attacks' noise and the order.
         images: attack the first so many images only; None for all.
-        cw_images: the same for CW, which costs the most.
+        cw_images: the same for CW and DeepFool, which cost the most.
         attacks: other attacks than the paper's twelve.
         make: makes an attack's images, as :func:`attack_all` does; one that keeps them saves the next table the work.
     """
@@ -103,7 +103,9 @@ class TablePairs:
         index: list[Tensor] = []
         for name, classifier in classifiers.items():
             for attack in attacks:
-                count = cw_images if isinstance(attack, CarliniWagnerL2) and cw_images is not None else images
+                count = (
+                    cw_images if isinstance(attack, CarliniWagnerL2 | DeepFool) and cw_images is not None else images
+                )
                 part = split.first(count)
                 rows.append(make(attack, classifier, part, seed=seed, title=f"{type(attack).__name__} on {name}"))
                 index.append(torch.arange(len(part), device=self._device))
