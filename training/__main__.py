@@ -16,7 +16,7 @@ from torch import nn
 from defense_vae_fast.atomic import replacing
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, load_checkpoint, save_checkpoint
 from defense_vae_fast.nn.model import DefenseVAE
-from training import classifiers, defence_commands, pool, recipe, table_commands
+from training import card_commands, classifiers, defence_commands, pool, recipe, table_commands
 from training.attacks import PAPER_TEST_ATTACKS, Attack
 from training.data import load_dataset
 from training.device import find_device, place
@@ -226,7 +226,7 @@ def demo_data(dataset: str, name: str, data: Path | None) -> None:
     write_demo_data(loaded, pool.shipped(name, loaded, find_device("cpu")), WEIGHTS_FOLDER)
 
 
-for command in (*defence_commands.COMMANDS, *table_commands.COMMANDS):
+for command in (*defence_commands.COMMANDS, *table_commands.COMMANDS, *card_commands.COMMANDS):
     cli.add_command(command)
 
 
