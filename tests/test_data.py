@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import struct
 import threading
+import zipfile
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -212,3 +215,92 @@ def test_unsupported_image_size(tmp_path: Path) -> None:
 def test_every_byte_survives_the_float_round_trip() -> None:
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(every)), every)
+
+
+def cifar10_zip(path: Path, *, side: int = 32, test_classes: tuple[str, ...] = ("cat", "ship")) -> None:
+    """A few made-up images in the layout of the JPEG copy: cats dark, ships light."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, names, count in (("train", ("cat", "ship"), 20), ("test", test_classes, 5)):
+            for name in names:
+                for number in range(count):
+                    raw = io.BytesIO()
+                    level = number + (200 if name == "ship" else 0)
+                    Image.new("RGB", (side, side), (level, level, level)).save(raw, "JPEG", quality=95)
+                    archive.writestr(f"{part}/{name}/{number:04}.jpg", raw.getvalue())
+        archive.writestr("README.txt", "not an image")
+
+
+def test_cifar10_jpeg_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cifar10_zip(tmp_path / "cifar10_jpeg.zip")
+    monkeypatch.setenv("DEFENSE_VAE_DATA", str(tmp_path))
+    loaded = load_dataset("cifar10_jpeg")
+    assert loaded.name == "cifar10_jpeg"
+    assert loaded.class_names == ("cat", "ship")
+    assert [len(part) for part in (loaded.train, loaded.validation, loaded.test)] == [36, 4, 10]
+    for part in (loaded.train, loaded.validation, loaded.test):
+        light = part.images.float().mean((1, 2, 3)) > 100
+        assert torch.equal(light.long(), part.labels)
+    assert loaded.train.images.shape[1:] == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(b"PK no zip"), "damaged zip"),
+        (lambda path: cifar10_zip(path, side=28), "expected 32x32 RGB"),
+        (lambda path: cifar10_zip(path, test_classes=("cat",)), "the same two or more classes"),
+        (lambda path: path.unlink(), "looked in"),
+    ],
+    ids=["damaged", "size", "classes", "missing"],
+)
+def test_bad_cifar10(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "cifar10_jpeg.zip"
+    path.touch()
+    spoil(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_dataset("cifar10_jpeg", tmp_path)
+
+
+def celeba(folder: Path) -> None:
+    """Eight made-up faces in CelebA's own file format: light ones male, and a frame that the crop takes off."""
+    (folder / "img_align_celeba").mkdir(parents=True)
+    attributes, partition = ["8", "Bald Male Young"], []
+    for number, part in enumerate((0, 0, 0, 0, 1, 1, 2, 2), 1):
+        male = number % 2 == 0
+        face = Image.new("RGB", (178, 218), (255, 0, 0))
+        face.paste((200, 200, 200) if male else (50, 50, 50), (0, 20, 178, 198))
+        face.save(folder / "img_align_celeba" / f"{number:06}.jpg", quality=95)
+        attributes.append(f"{number:06}.jpg -1 {'1' if male else '-1'}  1")
+        partition.append(f"{number:06}.jpg {part}")
+    (folder / "list_attr_celeba.txt").write_text("\n".join(attributes) + "\n")
+    (folder / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
+
+
+def test_celeba_labels_by_gender_and_keeps_the_official_split(tmp_path: Path) -> None:
+    celeba(tmp_path / "celeba")
+    loaded = load_dataset("celeba", tmp_path)
+    assert loaded.class_names == ("female", "male")
+    assert [len(part) for part in (loaded.train, loaded.validation, loaded.test)] == [4, 2, 2]
+    for part in (loaded.train, loaded.validation, loaded.test):
+        assert part.images.shape[1:] == (3, 64, 64)
+        assert part.labels.tolist() == [0, 1] * (len(part) // 2)
+        for image, label in zip(part.images.float(), part.labels, strict=True):
+            assert (image - (200 if label else 50)).abs().max() < 60  # no red frame is left
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("list_attr_celeba.txt", "8\nBald Young\n", "expected CelebA's list"),
+        ("list_attr_celeba.txt", "1\nBald Male Young\n000001.jpg 1 1\n", "line 3: expected 3 values"),
+        ("list_eval_partition.txt", "000001.jpg 7\n", "line 1: expected a file of"),
+        ("list_eval_partition.txt", "000001.jpg 0\n000002.jpg 2\n", "got none in 1"),
+        ("img_align_celeba/000003.jpg", "no image", "not a readable image"),
+    ],
+    ids=["no-gender", "short-line", "part", "empty-part", "image"],
+)
+def test_bad_celeba(file: str, text: str, message: str, tmp_path: Path) -> None:
+    celeba(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_dataset("celeba", tmp_path)

@@ -43,7 +43,7 @@ def test_generator_makes_images(generator: Generator, count: int) -> None:
 def test_generator_crops_eight_to_seven(generator: Generator) -> None:
     """The layer without output padding gives what the 8x8 map cropped to 7x7 gives."""
     x = torch.randn(2, 256, 4, 4, generator=torch.Generator().manual_seed(0))
-    layer = generator.up7
+    layer = generator.up[0]
     whole = torch.nn.functional.conv_transpose2d(x, layer.weight, layer.bias, 2, 2, output_padding=1)
     assert whole.shape[-2:] == (8, 8)
     torch.testing.assert_close(layer(x), whole[:, :, :7, :7])
@@ -53,7 +53,7 @@ def test_generator_seed() -> None:
     same, other = Generator(seed=4).state_dict(), Generator(seed=5).state_dict()
     again = Generator(seed=4).state_dict()
     assert all(torch.equal(same[name], again[name]) for name in same)
-    assert not torch.equal(same["up14.weight"], other["up14.weight"])
+    assert not torch.equal(same["up.1.weight"], other["up.1.weight"])
 
 
 def test_error_falls_with_steps(errors: dict[int, Tensor]) -> None:

@@ -509,7 +509,7 @@ def test_a_shipped_classifier_is_not_replaced_by_accident(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "no/such/folder"], "expected one of fashion_mnist, mnist or a folder"),
+        (["fit", "no/such/folder"], "expected one of fashion_mnist, mnist, cifar10_jpeg, celeba or a folder"),
         (["fit", "fashion_mnist", "--classifiers", "A,Z"], "got Z"),
         (["fit", "fashion_mnist", "--classifiers", "A", "--classifier", "a:b"], "got both"),
         (["fit", "fashion_mnist", "--kl-weight", "nan"], "expected a finite number"),

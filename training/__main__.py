@@ -19,14 +19,12 @@ from defense_vae_fast.atomic import replacing
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, load_checkpoint, resolve, save_checkpoint
 from defense_vae_fast.nn.kernels.selection import Kernels
 from defense_vae_fast.nn.model import DefenseVAE
-from training import classifiers, pool, recipe
+from training import card_commands, classifiers, defence_commands, pool, recipe, table_commands
 from training.attacks import PAPER_TEST_ATTACKS, Attack
 from training.data import load_dataset
 from training.device import find_device, place
+from training.options import COUNT, RUNS, data_option, device_option, own_option
 from training.step import Amp
-
-RUNS = Path("runs")
-COUNT = click.IntRange(min=1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -35,22 +33,11 @@ def cli() -> None:
     """Train a Defense-VAE purifier, and measure what it is worth."""
 
 
-data_option = click.option(
-    "--data", type=click.Path(path_type=Path, file_okay=False), help="Folder of the IDX files. [env: DEFENSE_VAE_DATA]"
-)
-device_option = click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
-
-
 @cli.command()
 @click.argument("dataset")
 @click.option("--preset", type=click.Choice(list(recipe.PRESETS)), default="quick", help="The recipe to start from.")
 @data_option
-@click.option(
-    "--classifier",
-    "own",
-    metavar="MODULE:FUNCTION",
-    help="Your own torch classifier: a function without arguments that returns it.",
-)
+@own_option
 @click.option(
     "--classifiers", "names", help="Comma-separated names of built-in classifiers to attack instead of the preset's."
 )
@@ -143,7 +130,7 @@ def fit(
 )
 @click.option("--images", type=COUNT, help="Only the first so many images.")
 @click.option("--classifiers", "names", help="Comma-separated names. [default: A,B,C,D]")
-@click.option("--classifier", "own", metavar="MODULE:FUNCTION", help="Your own torch classifier, as in 'fit'.")
+@own_option
 @click.option(
     "--predicted-labels", is_flag=True, help="Attack away from the classifier's own predictions: no label leaks."
 )
@@ -310,6 +297,10 @@ def demo_data(dataset: str, name: str, data: Path | None) -> None:
 
     loaded = load_dataset(dataset, data)
     write_demo_data(loaded, pool.shipped(name, loaded, find_device("cpu")), WEIGHTS_FOLDER)
+
+
+for command in (*defence_commands.COMMANDS, *table_commands.COMMANDS, *card_commands.COMMANDS):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from defense_vae_fast.files import IMAGE_FORMATS
 
 VALIDATION_IMAGES = 5000
 IDX_DATASETS = ("fashion_mnist", "mnist")
+DATASETS = (*IDX_DATASETS, "cifar10_jpeg", "celeba")
 
 _IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -104,6 +106,8 @@ def load_dataset(name: str, data: Path | None = None) -> Dataset:
     IDX files are looked for in ``data`` alone if it is given; else in ``$DEFENSE_VAE_DATA`` and where Debian's package
     puts them; in each, the sub-folder ``name`` comes first. Fashion-MNIST is downloaded when none of these has it, and
     always compared with the published digests.
+    ``cifar10_jpeg`` is a copy of CIFAR-10 that went through JPEG (:mod:`training.cifar10`), ``celeba`` CelebA with the
+    gender as its label (:mod:`training.celeba`); both are looked for in the same places.
     A folder holds ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` of which a tenth is the test set;
     hidden folders are left out. Images are 8-bit gray or RGB.
     The last 5,000 training images (a tenth of a small set) are held out for validation.
@@ -112,7 +116,15 @@ def load_dataset(name: str, data: Path | None = None) -> Dataset:
         FileNotFoundError: the data are nowhere; the message lists where was looked.
         ValueError: a file is damaged or an image has a size that no network fits.
     """
-    if name in IDX_DATASETS:
+    if name == "celeba":
+        from training.celeba import CELEBA_FILES, load_celeba
+
+        return load_celeba(_find_files(name, CELEBA_FILES, data))
+    if name == "cifar10_jpeg":
+        from training.cifar10 import CIFAR10_FILE, read_cifar10
+
+        train, test, names = read_cifar10(_find_files(name, (CIFAR10_FILE,), data) / CIFAR10_FILE)
+    elif name in IDX_DATASETS:
         folder = _find_idx(name, data)
         if name == "fashion_mnist":
             _check_fashion_mnist(folder)
@@ -131,7 +143,7 @@ def load_dataset(name: str, data: Path | None = None) -> Dataset:
         )
     cut = len(train) - held_out
     return Dataset(
-        name=name if name in IDX_DATASETS else _folder_name(Path(name)),
+        name=name if name in DATASETS else _folder_name(Path(name)),
         train=train.first(cut),
         validation=Split(train.images[cut:], train.labels[cut:]),
         test=test,
@@ -188,7 +200,7 @@ def _check_fashion_mnist(folder: Path) -> None:
 def _folder_name(folder: Path) -> str:
     """A folder's own name, marked where it is also that of a built-in data set, whose classifiers it must not get."""
     name = folder.resolve().name
-    return f"{name}-folder" if name in IDX_DATASETS else name
+    return f"{name}-folder" if name in DATASETS else name
 
 
 def _read_split(folder: Path, part: str) -> Split:
@@ -205,13 +217,33 @@ def _idx_path(folder: Path, stem: str) -> Path:
     return plain if plain.exists() else folder / f"{stem}.gz"
 
 
-def _find_idx(name: str, data: Path | None) -> Path:
+def _places(name: str, data: Path | None) -> list[Path]:
+    """Folders in which a data set is looked for, in this order."""
     if data is not None:
-        places = [data / name, data]
-    else:
-        root = os.environ.get("DEFENSE_VAE_DATA")
-        places = [Path(root) / name, Path(root)] if root else []
-        places += [_DEBIAN_FOLDERS[name]] if name in _DEBIAN_FOLDERS else []
+        return [data / name, data]
+    root = os.environ.get("DEFENSE_VAE_DATA")
+    places = [Path(root) / name, Path(root)] if root else []
+    return places + ([_DEBIAN_FOLDERS[name]] if name in _DEBIAN_FOLDERS else [])
+
+
+def _find_files(name: str, files: tuple[str, ...], data: Path | None) -> Path:
+    """The folder that holds all of a data set's files.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists where was looked.
+    """
+    places = _places(name, data)
+    for place in places:
+        if all((place / file).exists() for file in files):
+            return place
+    raise FileNotFoundError(
+        f"{name}: expected {', '.join(files)}, looked in {', '.join(map(str, places)) or 'no folder'}; "
+        "name their folder with --data DIR or $DEFENSE_VAE_DATA"
+    )
+
+
+def _find_idx(name: str, data: Path | None) -> Path:
+    places = _places(name, data)
     for place in places:
         if all(_idx_path(place, stem).exists() for stems in _IDX_FILES.values() for stem in stems):
             return place
@@ -250,7 +282,7 @@ def _download_fashion_mnist(looked: str) -> Path:
 def _read_image_folder(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root}: expected one of {', '.join(IDX_DATASETS)} or a folder of images, one sub-folder a class"
+            f"{root}: expected one of {', '.join(DATASETS)} or a folder of images, one sub-folder a class"
         )
     has_parts = (root / "train").is_dir() and (root / "test").is_dir()
     base = root / "train" if has_parts else root
@@ -278,7 +310,7 @@ def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
         if not paths:
             kinds = ", ".join(IMAGE_FORMATS)
             raise ValueError(f"{root / name}: expected images of this class ({kinds}), got none; remove the folder")
-        images += [_read_pixels(path) for path in paths]
+        images += [read_pixels(path) for path in paths]
         labels += [label] * len(paths)
     shapes = {image.shape for image in images}
     height, width, _ = next(iter(shapes))
@@ -293,8 +325,8 @@ def _read_classes(root: Path, names: tuple[str, ...]) -> Split:
     return Split(stacked, torch.tensor(labels)).take(order)
 
 
-def _read_pixels(path: Path) -> npt.NDArray[np.uint8]:
-    """One image as uint8 (H, W, C), turned upright."""
+def read_pixels(path: Path | IO[bytes], name: str | None = None) -> npt.NDArray[np.uint8]:
+    """One image as uint8 (H, W, C), turned upright; ``name`` is for messages."""
     from PIL import Image, ImageOps
 
     try:
@@ -302,7 +334,9 @@ def _read_pixels(path: Path) -> npt.NDArray[np.uint8]:
             mode = image.mode
             pixels = np.asarray(ImageOps.exif_transpose(image))
     except Exception as error:  # damage shows in many ways, SyntaxError among them
-        raise ValueError(f"{path}: not a readable image ({error}); remove or replace it") from error
+        raise ValueError(f"{name or path}: not a readable image ({error}); remove or replace it") from error
     if mode not in ("L", "RGB"):
-        raise ValueError(f"{path}: expected 8-bit gray (L) or RGB, got Pillow mode {mode}; convert the image first")
+        raise ValueError(
+            f"{name or path}: expected 8-bit gray (L) or RGB, got Pillow mode {mode}; convert the image first"
+        )
     return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -6,10 +6,8 @@ purifier comes afterwards. They say nothing about an attacker who knows that it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from defense_vae_fast.nn.model import DefenseVAE
 from training.attacked import attacked_images
 from training.attacks import FGSM, PGD, Attack, CarliniWagnerL2, DeepFool, predict
 from training.data import Split, to_float, to_uint8
+from training.paper import paper_value
 
 # What a classifier outside the training pool is tried with, beside the paper's three.
 TRANSFER_ATTACKS: dict[str, Attack] = {
@@ -55,9 +54,7 @@ class Cell:
 
 def paper_accuracy(dataset: str, attack: str, classifier: str) -> float | None:
     """The paper's Table 1, column "Defense-VAE", in percent; None where it has no such cell."""
-    table = json.loads(resources.files("training").joinpath("paper_table1.json").read_text())
-    value = table.get(dataset, {}).get(attack, {}).get(classifier)
-    return None if value is None else float(value)
+    return paper_value("1", "defense_vae", dataset=dataset or "none", attack=attack, classifier=classifier)
 
 
 def evaluate(

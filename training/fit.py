@@ -26,7 +26,7 @@ from defense_vae_fast.nn.model import DefenseVAE
 from training.attacks import FGSM, predict
 from training.data import Dataset, Split, to_float
 from training.device import place
-from training.pairs import FlyPairs, PairSource, TablePairs, attack_all
+from training.pairs import PairSource, attack_all, pair_source
 from training.progress import bar
 from training.recipe import Recipe
 from training.state import check_state, load_state, save_state
@@ -60,6 +60,7 @@ def fit(
     out: Path,
     *,
     device: torch.device | str = "cpu",
+    pairs: PairSource | None = None,
     init: Checkpoint | None = None,
     resume: bool = False,
     tensorboard: bool = False,
@@ -78,6 +79,7 @@ def fit(
         recipe: everything that decides the weights.
         out: folder of the run.
         device: where to train.
+        pairs: train on these instead of those that the recipe asks for.
         init: start from this purifier's weights instead of random ones; the header keeps its recipe.
         resume: go on from ``out``'s state.
         tensorboard: write TensorBoard events into ``out`` too.
@@ -118,7 +120,7 @@ def fit(
     recorder = CudaGraphs(device) if cuda_graph and device.type == "cuda" else None
     optimizer = make_optimizer(model, recipe.learning_rate, recorded=recorder is not None)
     train = data.train.to(device)
-    source = _pair_source(train, classifiers, recipe)
+    source = pairs or pair_source(train, classifiers, recipe)
     steps = recipe.steps or recipe.epochs * source.steps_per_epoch
     # The classifiers' word on every clean image is read once, not at every step.
     judging = recipe.agreement_weight or recipe.own_agreement_weight
@@ -217,16 +219,6 @@ def _purify(model: DefenseVAE, images: Tensor) -> Tensor:
 
 def _accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * float((predict(classifier, images) == labels).float().mean())
-
-
-def _pair_source(train: Split, classifiers: Mapping[str, nn.Module], recipe: Recipe) -> PairSource:
-    if recipe.pairs == "fly":
-        rotation = [classifiers[name] for name in recipe.classifiers]
-        return FlyPairs(train, rotation, attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed)
-    return TablePairs(
-        train, classifiers, batch_size=recipe.attacked, seed=recipe.seed, images=recipe.images or None,
-        cw_images=recipe.cw_images or None,
-    )  # fmt: skip
 
 
 def _judges(recipe: Recipe, pool: list[str], step: int) -> tuple[int | None, int | None]:

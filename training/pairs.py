@@ -6,15 +6,16 @@ Two sources with one face. :class:`TablePairs` is the paper's: every attack on e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, PGD, Attack, CarliniWagnerL2, predict
+from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, PGD, Attack, CarliniWagnerL2, DeepFool, predict
 from training.data import Split, to_float, to_uint8
 from training.progress import bar
+from training.recipe import Recipe
 
 # Images attacked at once when pairs are made beforehand: on a GPU many, or launches would take longer than the work.
 ATTACK_BATCH, CUDA_ATTACK_BATCH = 250, 2000
@@ -81,7 +82,9 @@ class TablePairs:
         batch_size: pairs a step.
         seed: seeds the attacks' noise and the order.
         images: attack the first so many images only; None for all.
-        cw_images: the same for CW, which costs the most.
+        cw_images: the same for CW and DeepFool, which cost the most.
+        attacks: other attacks than the paper's twelve.
+        make: makes an attack's images, as :func:`attack_all` does; one that keeps them saves the next table the work.
     """
 
     def __init__(
@@ -93,16 +96,21 @@ class TablePairs:
         seed: int,
         images: int | None = None,
         cw_images: int | None = None,
+        attacks: Sequence[Attack] = PAPER_TRAINING_ATTACKS,
+        make: Callable[..., Tensor] | None = None,
     ) -> None:
+        make = make or attack_all
         self._batch_size = batch_size
         self._device = split.images.device
         rows: list[Tensor] = []
         index: list[Tensor] = []
         for name, classifier in classifiers.items():
-            for attack in PAPER_TRAINING_ATTACKS:
-                count = cw_images if isinstance(attack, CarliniWagnerL2) and cw_images is not None else images
+            for attack in attacks:
+                count = (
+                    cw_images if isinstance(attack, CarliniWagnerL2 | DeepFool) and cw_images is not None else images
+                )
                 part = split.first(count)
-                rows.append(attack_all(attack, classifier, part, seed=seed, title=f"{type(attack).__name__} on {name}"))
+                rows.append(make(attack, classifier, part, seed=seed, title=f"{type(attack).__name__} on {name}"))
                 index.append(torch.arange(len(part), device=self._device))
             part = split.first(images)
             rows.append(part.images)
@@ -110,7 +118,7 @@ class TablePairs:
         self._rows, self._index = torch.cat(rows), torch.cat(index)
         self._order = Order(len(self._rows), seed, split.images.device)
         self.steps_per_epoch = max(1, len(self._rows) // batch_size)
-        self.attacks = tuple(map(repr, PAPER_TRAINING_ATTACKS))
+        self.attacks = tuple(map(repr, attacks))
 
     def batch(self, step: int) -> Pairs:
         """Batch number ``step`` of a seeded shuffle of the table."""
@@ -184,6 +192,24 @@ class FlyPairs:
                 iterated = CarliniWagnerL2(rate, iterations=CW_ITERATIONS, abort_early=False)
             attacked.append(iterated(classifier, clean[half:], labels[half:]))
         return Pairs(torch.cat([to_float(to_uint8(torch.cat(attacked))), images[self._attacked :]]), index)
+
+
+def pair_source(
+    train: Split,
+    classifiers: Mapping[str, nn.Module],
+    recipe: Recipe,
+    *,
+    attacks: Sequence[Attack] = PAPER_TRAINING_ATTACKS,
+    make: Callable[..., Tensor] | None = None,
+) -> PairSource:
+    """The pairs that a recipe asks for; ``attacks`` and ``make`` are those of :class:`TablePairs`."""
+    if recipe.pairs == "fly":
+        rotation = [classifiers[name] for name in recipe.classifiers]
+        return FlyPairs(train, rotation, attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed)
+    return TablePairs(
+        train, classifiers, batch_size=recipe.attacked, seed=recipe.seed, images=recipe.images or None,
+        cw_images=recipe.cw_images or None, attacks=attacks, make=make,
+    )  # fmt: skip
 
 
 def _single_step(classifier: nn.Module, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -78,12 +80,16 @@ def accuracy(classifier: nn.Module, split: Split, batch_size: int = 500) -> floa
     return 100 * correct / len(split)
 
 
-def save_classifier(path: Path, name: str, classifier: nn.Module, header: dict[str, Any]) -> None:
-    """Write a classifier's weights as fp16 (BatchNorm statistics and biases as fp32) with a JSON header."""
+def save_classifier(path: Path, name: str, classifier: nn.Module, header: dict[str, Any], *, half: bool = True) -> None:
+    """Write a classifier's weights with a JSON header.
+
+    ``half`` stores all but vectors as fp16; without it every tensor stays as it is, under the name that it has in the
+    classifier's state_dict.
+    """
     tensors: dict[str, Tensor] = {}
     for key, value in classifier.state_dict().items():
-        value = value.detach().cpu().contiguous()
-        tensors[key] = value.half() if value.is_floating_point() and value.ndim > 1 else value
+        value = value.detach().cpu().contiguous().clone()
+        tensors[key] = value.half() if half and value.is_floating_point() and value.ndim > 1 else value
     with replacing(path) as file:
         file.write(save(tensors, {"classifier": json.dumps({"name": name, **header})}))
 
@@ -94,17 +100,44 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
     Raises:
         ValueError: the file is not a classifier's, or its tensors do not fit the network it names.
     """
+    header, tensors = _read(path)
+    model = classifiers.build(header["name"], header["channels"], header["image_size"], header["classes"])
+    _fill(model, tensors, path)
+    return place(model, device).eval().requires_grad_(False), header
+
+
+def load_weights(path: Path, like: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """A copy of ``like`` with the weights that :func:`save_classifier` wrote, in eval mode, gradients off.
+
+    Raises:
+        ValueError: the file is not a classifier's, or its tensors do not fit ``like``.
+    """
+    _, tensors = _read(path)
+    model = copy.deepcopy(like)
+    _fill(model, tensors, path)
+    return place(model, device).eval().requires_grad_(False)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 (hex) of a module's weights and statistics."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads(file.metadata()["classifier"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: expected a classifier written by this library, got {error!r}") from error
-    model = classifiers.build(header["name"], header["channels"], header["image_size"], header["classes"])
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        model.load_state_dict(
-            {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
-        )
+        model.load_state_dict(tensors)  # which casts to the model's own dtypes
     except RuntimeError as error:
-        raise ValueError(f"{path}: tensors do not fit classifier {header['name']}: {error}") from error
-    return place(model, device).eval().requires_grad_(False), header
+        raise ValueError(f"{path}: tensors do not fit the classifier {type(model).__name__}: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,35 +23,41 @@ DECAY_AFTER = 0.8
 
 
 class Generator(nn.Module):
-    """The paper's generator for 28x28 images: (N, latent_dim) latents -> (N, 1, 28, 28) images in [0, 1].
+    """The paper's generator: (N, latent_dim) latents -> (N, C, H, W) images in [0, 1].
 
-    Linear to 256 x 4 x 4, then transposed 5x5 convolutions of stride 2 (256 -> 128 -> 64 -> 1 channels) with ReLU
-    between and a sigmoid at the end; the first one's 8x8 map is cropped to 7x7. A trained network's BatchNorm, where it
+    Linear to 4 x 4, then transposed 5x5 convolutions of stride 2 with ReLU between and a sigmoid at the end. For 28x28
+    images (256 -> 128 -> 64 -> C channels) the first one's 8x8 map is cropped to 7x7; 32x32 needs no crop, and every
+    doubling has one layer of twice the channels more in front. A trained network's BatchNorm, where it
     has any, is constant during the search and can be folded into these layers. TensorFlow's "SAME" padding, which the
     authors used, lies one pixel beside this one: train a generator here instead of carrying weights over.
 
     Args:
         latent_dim: size of z, at least 1.
         seed: of the random initial weights (He et al. 2015, so that the images of an untrained generator differ).
+        channels: of the images, at least 1.
+        size: side of the images: 28, 32, 64 or 128.
     """
 
-    def __init__(self, latent_dim: int = LATENT_DIM, seed: int = 0) -> None:
+    def __init__(self, latent_dim: int = LATENT_DIM, seed: int = 0, channels: int = 1, size: int = 28) -> None:
         super().__init__()
         if latent_dim < 1:
             raise ValueError(f"latent_dim: expected at least 1, got {latent_dim}; the paper uses {LATENT_DIM}")
-        self.latent_dim = latent_dim
-        self.project = nn.Linear(latent_dim, 256 * 4 * 4)
+        widths = stage_widths(channels, size)[::-1]
+        self.latent_dim, self._widest = latent_dim, widths[0]
+        self.project = nn.Linear(latent_dim, widths[0] * 4 * 4)
         # Without output padding, the row and column that the crop from 8x8 to 7x7 drops are never computed.
-        self.up7 = nn.ConvTranspose2d(256, 128, 5, stride=2, padding=2)
-        self.up14 = nn.ConvTranspose2d(128, 64, 5, stride=2, padding=2, output_padding=1)
-        self.up28 = nn.ConvTranspose2d(64, 1, 5, stride=2, padding=2, output_padding=1)
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(inputs, outputs, 5, stride=2, padding=2, output_padding=int(size != 28 or index > 0))
+            for index, (inputs, outputs) in enumerate(pairwise(widths))
+        )
         self.reset_parameters(seed)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
         """Draw He weights for every layer and clear the biases."""
         rng = torch.Generator().manual_seed(seed)
-        for layer in (self.project, self.up7, self.up14, self.up28):
+        for layer in (self.project, *self.up):
+            assert isinstance(layer, nn.Linear | nn.ConvTranspose2d)
             # An output pixel of a stride-2 transposed convolution is reached by a quarter of the kernel's taps.
             inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels * 25 / 4
             layer.weight.normal_(0.0, math.sqrt(2 / inputs), generator=rng)
@@ -58,11 +65,24 @@ class Generator(nn.Module):
             layer.bias.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
-        """(N, latent_dim) latents -> (N, 1, 28, 28) images in [0, 1]."""
-        x = torch.relu(self.project(z)).view(-1, 256, 4, 4)
-        x = torch.relu(self.up7(x))
-        x = torch.relu(self.up14(x))
-        return torch.sigmoid(self.up28(x))
+        """(N, latent_dim) latents -> (N, C, H, W) images in [0, 1]."""
+        x = self.project(z).view(-1, self._widest, 4, 4)
+        for layer in self.up:
+            x = layer(torch.relu(x))
+        return torch.sigmoid(x)
+
+
+def stage_widths(channels: int, size: int) -> list[int]:
+    """Channels of an image and of its maps halved again and again down to 4x4; the generator has them in reverse.
+
+    Raises:
+        ValueError: there is no network for such images.
+    """
+    depths = {28: 3, 32: 3, 64: 4, 128: 5}
+    if channels < 1 or size not in depths:
+        sizes = ", ".join(map(str, depths))
+        raise ValueError(f"Defense-GAN: expected 1 or more channels and a side of {sizes}, got {channels} and {size}")
+    return [channels, *(64 << stage for stage in range(depths[size]))]
 
 
 class Reconstruction(NamedTuple):

@@ -1,0 +1,230 @@
+"""The paper's tables and figures: their cells, their records, and the page made of them, on a tiny MNIST."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import Tensor
+
+from tests.test_data import write_idx
+from training.__main__ import cli
+from training.attacks import CarliniWagnerL2, DeepFool
+from training.baselines.adversarial_training import AdversarialSettings
+from training.baselines.magnet import MagNetSettings
+from training.baselines.wgan import GanSettings
+from training.black_box import SubstituteSettings
+from training.experiments.cells import FROM_SCRATCH, TABLES, Cell, cells, select
+from training.experiments.figures import read_curve
+from training.experiments.lab import training_attacks
+from training.experiments.measure import paper_cell
+from training.experiments.results import write_results
+from training.experiments.scale import SCALES
+from training.finetune import FinetuneSettings
+from training.paper import paper_rows, paper_value
+from training.retrain import RetrainSettings
+
+TINY = replace(
+    SCALES["quick"], name="quick", test_images=40, search_images=5, classifier_epochs=1,
+    purifier=replace(SCALES["quick"].purifier, images=8, cw_images=4, epochs=1, attacked=16),
+    rec=RetrainSettings(steps=2), e2e=FinetuneSettings(steps=2), gan=GanSettings(steps=1, batch_size=4),
+    search=(2, 2), magnet=MagNetSettings(epochs=1), adversarial=AdversarialSettings(epochs=1),
+    substitute=SubstituteSettings(images=20, rounds=2, epochs=1),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(demo_images: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny data set that goes by the name of MNIST."""
+    folder = tmp_path_factory.mktemp("tables")
+    (folder / "mnist").mkdir()
+    images, labels = (tensor.numpy().squeeze() for tensor in demo_images)
+    for part, a, b in (("train", 0, 300), ("t10k", 300, 500)):
+        write_idx(folder / "mnist" / f"{part}-images-idx3-ubyte", images[a:b], compress=False)
+        write_idx(folder / "mnist" / f"{part}-labels-idx1-ubyte", labels[a:b], compress=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny_scale(monkeypatch: pytest.MonkeyPatch, world: Path) -> None:
+    monkeypatch.setitem(SCALES, "quick", TINY)
+    monkeypatch.setenv("DEFENSE_VAE_DATA", str(world))
+    monkeypatch.chdir(world)
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(cli, [*arguments, "--device", "cpu"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+# The cells
+
+
+def test_cells_are_those_of_the_paper() -> None:
+    """Every number that the paper gives for a defence has its cell, and the cell finds it."""
+    columns = {"1": 6, "3": 6, "7": 6, "8": 4}
+    for table in TABLES:
+        have = {(cell.dataset, cell.row, cell.column): paper_cell(cell) for cell in cells(table)}
+        assert len(have) == len(cells(table))
+        found = [value for value in have.values() if value is not None]
+        expected = sum(
+            sum(isinstance(value, float) for key, value in row.items() if key not in ("L", "R"))
+            for row in paper_rows(table)
+        )
+        assert len(found) == expected, table
+        assert columns.get(table, 1) <= len({cell.column for cell in cells(table)})
+
+
+@pytest.mark.parametrize(
+    ("cell", "paper"),
+    [
+        (Cell("1", "fashion_mnist", "defense_vae_rec", "cw", "D"), 86.21),
+        (Cell("1", "fashion_mnist", "defense_vae_rec", "clean", "D"), None),
+        (Cell("2", "fashion_mnist", "plus_deepfool", "cw", "B"), 71.64),
+        (Cell("3", "mnist", "magnet", "fgsm", "C", "E"), 67.60),
+        (Cell("4", "fashion_mnist", "defense_gan", search="400x20"), 1720.13),
+        (Cell("4", "fashion_mnist", "defense_vae"), 9.03),
+        (Cell("7", "cifar10_jpeg", "no_attack", "rand_fgsm", "D"), 61.76),
+        (Cell("8", "cifar10_jpeg", "defense_vae_e2e", "fgsm", "C", "E"), 45.72),
+    ],
+    ids=lambda value: value.table if isinstance(value, Cell) else str(value),
+)
+def test_the_papers_numbers(cell: Cell, paper: float | None) -> None:
+    assert cell in cells(cell.table)
+    assert paper_cell(cell) == paper
+
+
+def test_what_is_run_only_on_request() -> None:
+    every = cells("1")
+    assert not [cell for cell in select(every, dataset="mnist") if cell.column == FROM_SCRATCH]
+    assert select(every, dataset="mnist", column=FROM_SCRATCH, attack="fgsm", classifier="A")
+    with pytest.raises(ValueError, match="got none for dataset mnist, classifier E"):
+        select(every, dataset="mnist", classifier="E", column=None)
+
+
+def test_attacks_of_table_2() -> None:
+    assert len(training_attacks("three")) == 12
+    without = training_attacks("without_cw")
+    assert len(without) == 8
+    assert not any(isinstance(attack, CarliniWagnerL2) for attack in without)
+    plus = training_attacks("without_cw_plus_deepfool")
+    assert plus[:8] == without
+    assert all(isinstance(attack, DeepFool) for attack in plus[8:])
+
+
+# The runs
+
+
+def test_a_table_is_run_once_and_every_cell_is_measured_again_by_its_own_command(world: Path) -> None:
+    chosen = ["--dataset", "mnist", "--classifier", "D"]
+    first = run("table", "1", *chosen)
+    assert "no pooled purifier of mnist" in first.output
+    records = sorted((world / "docs/results/tables/quick/table1").glob("*.json"))
+    # Four attacks (clean among them) for six defences, three for the two columns without any.
+    assert len(records) == 4 * 6 + 3 * 2
+    by_name = {path.stem: json.loads(path.read_text()) for path in records}
+    record = by_name["mnist-fgsm-D-defense_vae_rec-seed0"]
+    assert record["images"] == 40
+    assert record["paper"] == paper_value("1", "defense_vae_rec", dataset="mnist", attack="fgsm", classifier="D")
+    assert record["training_seconds"] > by_name["mnist-fgsm-D-defense_vae-seed0"]["training_seconds"] > 0
+    assert {"seed", "scale", "wall_seconds", "device", "machine", "digests", "settings", "command"} <= set(record)
+    assert record["machine"]["versions"]["torch"]
+    assert by_name["mnist-fgsm-D-defense_gan-seed0"]["images"] == 5
+    assert by_name["mnist-fgsm-D-magnet-seed0"]["right_or_rejected"] >= by_name["mnist-fgsm-D-magnet-seed0"]["value"]
+
+    written = {path: path.stat().st_mtime_ns for path in records}
+    run("table", "1", *chosen)
+    assert {path: path.stat().st_mtime_ns for path in records} == written
+    for name in ("mnist-rand_fgsm-D-defense_vae_e2e-seed0", "mnist-cw-D-adv_training-seed0"):
+        path = world / "docs/results/tables/quick/table1" / f"{name}.json"
+        before = json.loads(path.read_text())
+        command = shlex.split(before["command"])
+        assert command[:3] == ["python", "-m", "training"]
+        path.unlink()
+        run(*command[3:])
+        after = json.loads(path.read_text())
+        for key in ("value", "digests", "settings", "training_seconds"):
+            assert after[key] == before[key], key
+
+    page = (world / "docs/RESULTS.md").read_text()
+    ours = record["value"]
+    assert f"**{ours:.2f}** ({record['paper']:.2f}, {ours - record['paper']:+.2f})" in page
+    assert "| fgsm | A | not run (99.15)" in page
+    assert "CelebA" in page
+
+
+def test_a_second_seed_gives_a_spread(world: Path) -> None:
+    chosen = ["--dataset", "mnist", "--classifier", "D", "--column", "defense_vae", "--attack", "fgsm"]
+    for seed in ("0", "1"):
+        run("table", "1", *chosen, "--seed", seed)
+    lines = (world / "docs/RESULTS.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| fgsm | D |"))
+    assert " ± " in row
+
+
+@pytest.mark.parametrize(
+    ("table", "extra"),
+    [("3", ["--column", "no_defense"]), ("4", ["--search", "200x10"])],
+    ids=["black-box", "speed"],
+)
+def test_other_tables(table: str, extra: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ["--dataset", "mnist", "--classifier", "D"] if table == "3" else []
+    if table == "4":  # Fashion-MNIST is wherever it is; its place is taken here
+        (world / "fashion_mnist").exists() or (world / "fashion_mnist").symlink_to(world / "mnist")
+        monkeypatch.setattr("training.data._check_fashion_mnist", lambda folder: None)
+    result = run("table", table, *chosen, *extra)
+    records = [json.loads(path.read_text()) for path in (world / f"docs/results/tables/quick/table{table}").glob("*")]
+    assert records
+    assert all(record["value"] > 0 for record in records), result.output
+    if table == "3":
+        assert {record["substitute"] for record in records} == {"B", "E"}
+    else:
+        assert records[0]["unit"] == "seconds for 1,000 images"
+        assert "(441.81)" in (world / "docs/RESULTS.md").read_text()
+
+
+def test_data_that_are_not_here_are_said(world: Path) -> None:
+    result = run("table", "7", "--dataset", "celeba", "--classifier", "A", "--attack", "fgsm")
+    assert "celeba: expected img_align_celeba" in result.output
+    assert "CelebA: not run" in (world / "docs/RESULTS.md").read_text()
+
+
+def test_runs_made_with_other_settings_are_not_taken(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ["--dataset", "mnist", "--classifier", "D", "--column", "magnet", "--attack", "fgsm"]
+    run("table", "1", *chosen)
+    monkeypatch.setitem(SCALES, "quick", replace(TINY, magnet=MagNetSettings(epochs=2)))
+    with pytest.raises(ValueError, match=r"made with another epochs; remove the folder"):
+        run("table", "1", *chosen, "--again")
+
+
+def test_a_damaged_record_is_said(tmp_path: Path) -> None:
+    path = cells("1")[0].path(tmp_path, "quick", 0)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"value": 3}')
+    with pytest.raises(ValueError, match="expected the record of a table's cell"):
+        write_results(tmp_path / "RESULTS.md", tmp_path)
+
+
+@pytest.mark.parametrize("number", ["1", "4", "5"])
+def test_figures(number: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (world / "fashion_mnist").exists():
+        (world / "fashion_mnist").symlink_to(world / "mnist")
+    monkeypatch.setattr("training.data._check_fashion_mnist", lambda folder: None)
+    run("figure", number)
+    pixels = np.asarray(Image.open(world / "docs/results" / f"figure{number}.png").convert("RGB"))
+    assert pixels.std() > 10
+    if number == "5":
+        assert pixels.shape[:2] == (4 * (56 + 2), 8 * 56)
+
+
+def test_the_curve_keeps_the_later_of_two_lines(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text('{"step": 0, "clean": 1}\n{"step": 8, "clean": 2}\n{"step": 4, "clean": 3}\n'
+                                  '{"step": 8, "clean": 4}\n')  # fmt: skip
+    assert [(line["step"], line["clean"]) for line in read_curve(tmp_path / "log")] == [(0, 1), (4, 3), (8, 4)]

@@ -1,0 +1,88 @@
+"""How much work goes into an experiment: three scales of everything, and nothing about results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from training.baselines.adversarial_training import AdversarialSettings
+from training.baselines.magnet import MagNetSettings
+from training.baselines.wgan import GanSettings
+from training.black_box import SubstituteSettings
+from training.finetune import FinetuneSettings
+from training.recipe import PRESETS, Recipe
+from training.retrain import RetrainSettings
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of an experiment.
+
+    Args:
+        name: of the scale.
+        seeds: run by default; every one trains defences of its own against the same classifiers.
+        test_images: test images measured on.
+        search_images: test images for Defense-GAN, whose search is slow.
+        classifier_epochs: for classifiers that the repository does not have.
+        purifier: the purifier's recipe: the paper's pairs and loss.
+        rec: how the classifier is retrained.
+        e2e: how both are trained together, from the purifier and the retrained classifier.
+        gan: how Defense-GAN's generator is trained.
+        search: Defense-GAN's L and R.
+        magnet: how MagNet's autoencoders are trained.
+        adversarial: how classifiers are trained adversarially.
+        substitute: how the black-box attack's substitute is trained.
+        timed_images: images of Table 4's searches; their time is scaled to 1,000.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    test_images: int
+    search_images: int
+    classifier_epochs: int
+    purifier: Recipe
+    rec: RetrainSettings
+    e2e: FinetuneSettings
+    gan: GanSettings
+    search: tuple[int, int]
+    magnet: MagNetSettings
+    adversarial: AdversarialSettings
+    substitute: SubstituteSettings
+    timed_images: int
+
+    def recipe(self, dataset: str, classifier: str, seed: int) -> Recipe:
+        """The purifier's recipe for one classifier of a data set."""
+        most = _MOST_IMAGES.get(dataset)
+        images = min(self.purifier.images or most, most) if most else self.purifier.images
+        return replace(self.purifier, classifiers=(classifier,), images=images, seed=seed)
+
+
+# Thirteen copies of every 64x64 image must fit into memory: 20,000 images are 3.2 GB of pairs.
+_MOST_IMAGES = {"celeba": 20_000}
+_QUICK = PRESETS["quick"]
+
+SCALES: dict[str, Scale] = {
+    # To see everything work: figures mean little.
+    "quick": Scale(
+        "quick", (0,), test_images=500, search_images=25, classifier_epochs=2,
+        purifier=replace(_QUICK, name="quick-table", images=2000, cw_images=500, epochs=2),
+        rec=RetrainSettings(epochs=1), e2e=FinetuneSettings(epochs=1),
+        gan=GanSettings(steps=300), search=(50, 2), magnet=MagNetSettings(epochs=3),
+        adversarial=AdversarialSettings(epochs=1), substitute=SubstituteSettings(rounds=5), timed_images=1,
+    ),
+    # For two cores: all test images, a quarter of the training images, a tenth for CW.
+    "cpu": Scale(
+        "cpu", (0,), test_images=10_000, search_images=200, classifier_epochs=10,
+        purifier=replace(_QUICK, name="cpu-table", images=15_000, cw_images=6_000, epochs=5),
+        rec=RetrainSettings(epochs=2), e2e=FinetuneSettings(epochs=1),
+        gan=GanSettings(steps=10_000), search=(200, 10), magnet=MagNetSettings(epochs=30),
+        adversarial=AdversarialSettings(epochs=5), substitute=SubstituteSettings(), timed_images=4,
+    ),
+    # The paper's own sizes, for a GPU.
+    "paper": Scale(
+        "paper", (0, 1, 2), test_images=10_000, search_images=10_000, classifier_epochs=10,
+        purifier=replace(PRESETS["paper"], name="paper-table"),
+        rec=RetrainSettings(epochs=2), e2e=FinetuneSettings(epochs=2),
+        gan=GanSettings(), search=(200, 10), magnet=MagNetSettings(),
+        adversarial=AdversarialSettings(), substitute=SubstituteSettings(), timed_images=1000,
+    ),
+}  # fmt: skip
