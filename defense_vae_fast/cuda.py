@@ -29,7 +29,9 @@ from defense_vae_fast import cache
 from defense_vae_fast.atomic import replacing
 
 EXTRA = "cuda"
-KERNELS = Path(__file__).parent / "csrc" / "frames.cu"
+# Device code lies in the installed package, or at the top of a checkout.
+_HERE = Path(__file__).parent
+KERNELS = (_HERE if (_HERE / "csrc").is_dir() else _HERE.parent) / "csrc" / "frames.cu"
 KERNEL_NAMES = ("gather_frames", "scatter_frames", "reconstruction_error")
 BLOCK = 256
 """Threads in a block of every kernel, as their launch bounds say."""
