@@ -20,6 +20,16 @@ from training.train_classifier import load_classifier
 GPU_REASON = "no CUDA device, or hidden because the tests were not started with -m gpu"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite, asked for without paths or -n, runs in a process for each core, with one thread each."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "logical"
+        config.option.dist = "loadfile"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which import torch anew
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPU from tests that are not about it, and from the processes that they start."""
     if "gpu" not in str(config.getoption("markexpr")):
