@@ -226,7 +226,7 @@ def test_the_second_compilation_comes_from_the_cache(nvrtc, tmp_path, monkeypatc
 def test_a_mistake_in_a_kernel_is_told(nvrtc, tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "KERNELS", tmp_path / "wrong.cu")
     cuda.KERNELS.write_text("extern C __global__ void gather_frames() {}")
-    with pytest.raises(cuda.CompileError, match=r"wrong\.cu for sm_90: .*explicit type is missing"):
+    with pytest.raises(cuda.CompileError, match=r"(?s)wrong\.cu for sm_90: .*explicit type is missing"):
         cuda.compile_kernels("9.0")
 
 

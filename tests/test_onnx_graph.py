@@ -200,7 +200,7 @@ def test_weights_survive_the_file():
     ("arguments", "message"),
     [
         ({"precision": "int8"}, "precision: expected 'fp32' or 'fp16', got 'int8'"),
-        ({"image": "bf16"}, "image: expected 'float' or 'uint8', got 'bf16'"),
+        ({"image": "bf16"}, "image: expected 'float', 'uint8' or 'half', got 'bf16'"),
     ],
 )
 def test_unknown_options_are_named(arguments, message):
