@@ -200,7 +200,7 @@ def test_weights_survive_the_file():
     ("arguments", "message"),
     [
         ({"precision": "int4"}, "precision: expected 'fp32', 'fp16', 'int8' or 'int8_fp16', got 'int4'"),
-        ({"image": "bf16"}, "image: expected 'float' or 'uint8', got 'bf16'"),
+        ({"image": "bf16"}, "image: expected 'float', 'uint8' or 'half', got 'bf16'"),
     ],
 )
 def test_unknown_options_are_named(arguments, message):
