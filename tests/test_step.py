@@ -25,8 +25,8 @@ from training.state import load_state, save_state
 from training.step import WARM_UP, Amp, Average, CudaGraphs, Recorder, Step, make_optimizer
 
 RECIPE = Recipe(
-    "test", "fly", ("D",), steps=9, attacked=3, clean=1, learning_rate=1e-3, decay=0.5, agreement_weight=1.0,
-    averaging=0.9, kl_weight=0.1,
+    "test", "fly", ("D",), steps=9, attacked=1, clean=3, learning_rate=1e-3, decay=0.5, agreement_weight=1.0,
+    own_agreement_weight=2.0, averaging=0.9, kl_weight=0.1,
 )  # fmt: skip
 
 
@@ -101,7 +101,8 @@ class Training:
             index = torch.arange(size * step, size * (step + 1), device=self.images.device) % len(self.images)
             pairs = Pairs(to_float(self.images[index]).flip(0), index)
             judge = step % len(self.judges) if self.judges else None
-            losses.append(float(self.step(pairs, judge, self.recipe.rate(step, self.recipe.steps))))
+            own = (step + 1) % len(self.judges) if self.judges else None  # another, so that the two cannot be mixed up
+            losses.append(float(self.step(pairs, judge, self.recipe.rate(step, self.recipe.steps), own)))
         return losses
 
     def state(self) -> dict[str, Tensor]:
