@@ -231,7 +231,7 @@ class _Classifier:
                 for name, images in attacked.items()
             }
         }
-        for precision in ("fp32", "bf16", "fp16"):
+        for precision in ("fp32", "bf16", "fp16", "int8"):
             try:
                 purifier = Purifier(self.bundle, precision=precision)
             except (EngineUnavailable, ValueError) as error:

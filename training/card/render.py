@@ -206,14 +206,19 @@ def _classifier(name: str, section: dict[str, Any], settings: dict[str, Any]) ->
         Paragraph(f"An image counts as withstood when none of the attacks fools the pipeline on it. {latent}"),
         Grid(rows), *adversarial, Picture(_file("sweep", name), f"Accuracy against epsilon, {name}"),
         Paragraph("The same, after each attack in turn; each was run on the images that were left:"), Grid(steps),
-        Picture(_file("pictures", name), "Clean images; then for each epsilon the attacked and the purified ones"),
+        Paragraph(
+            "Clean images; then for each epsilon the attacked and the purified ones. What fell at a smaller epsilon is "
+            "shown as it fell there."
+        ),
+        Picture(_file("pictures", name), f"Clean, attacked and purified images, {name}"),
         Heading(3, "Oblivious and black-box"), Grid(oblivious),
         Heading(3, "Damage that nobody made on purpose"), Grid(damage),
         Heading(3, "The score as a detector"),
         Paragraph(
             f"Threshold from clean validation images, for {detector['false_alarms_wanted']:g} % false alarms; on clean "
             f"test images it raises {detector['false_alarms']:.2f} %. "
-            "Caught: oblivious attacks above the threshold. Fooled: adaptive attacks that look at the score too."
+            "Caught: oblivious attacks above the threshold. Fooled: by one adaptive attack that looks at the score "
+            "too; images that are wrong without an attack are among them."
         ),
         Grid(curves), Picture(_file("roc", name), f"ROC of the score, {name}"), Grid(fooled),
         Heading(3, "Engines on the same attacked images"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from defense_vae_fast.atomic import replacing
+from training.attacks import PAPER_TEST_ATTACKS
 from training.experiments.cells import FROM_SCRATCH, TABLES, Cell, cells, read_record
 from training.experiments.measure import paper_cell
 from training.experiments.scale import SCALES
@@ -145,7 +146,8 @@ def _table(some: list[Cell], records: Path, scale: str) -> str:
     if some[0].table == "4":
         return _times(some, records, scale)
     by_place = {(cell.row, cell.column): entry(cell, records, scale) for cell in some}
-    rows = sorted(dict.fromkeys(cell.row for cell in some), key=lambda row: row[0] != "clean")
+    order = ("clean", *PAPER_TEST_ATTACKS)
+    rows = sorted(dict.fromkeys(cell.row for cell in some), key=lambda row: order.index(row[0]))  # as the paper does
     lines = [f"| attack | classifier | {' | '.join(COLUMN_TITLES[column] for column in columns)} |"]
     lines.append("|---|---|" + "---|" * len(columns))
     for row in rows:
