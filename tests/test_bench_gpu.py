@@ -90,7 +90,7 @@ def kernel_row(form: str, seconds: float, graph: bool = True) -> Row:
 def test_the_report_says_who_wins() -> None:
     results = Results(
         [
-            Row("copy", "copy of 1 GiB", 1, (0.001,), {"bytes_per_second": 2.1e12}),
+            Row("bandwidth", "copy of 1 GiB", 1, (0.001,), {"bytes_per_second": 2.1e12}),
             kernel_row("torch channels_last", 0.003),
             kernel_row("compiled channels_last", 0.001),
             kernel_row("triton channels_last", 0.002),

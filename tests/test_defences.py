@@ -439,14 +439,14 @@ def my_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Check
         folder.mkdir(parents=True)
         for number in range(20):
             Image.new("L", (28, 28), level + number).save(folder / f"{number}.png")
-    (tmp_path / "mine.py").write_text(MY_CLASSIFIER)
+    (tmp_path / "my_defended.py").write_text(MY_CLASSIFIER)
     save_checkpoint(tmp_path / "purifier.safetensors", checkpoint)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_retrain_then_finetune_a_classifier_of_ones_own(my_images: Path) -> None:
-    common = ["images", "--checkpoint", "purifier.safetensors", "--classifier", "mine:make", "--steps", "2"]
+    common = ["images", "--checkpoint", "purifier.safetensors", "--classifier", "my_defended:make", "--steps", "2"]
     result = CliRunner().invoke(cli, ["retrain", *common, "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     rec = my_images / "runs" / "images-rec"
@@ -475,7 +475,7 @@ def test_retrain_then_finetune_a_classifier_of_ones_own(my_images: Path) -> None
     ids=["magnet", "adversarial", "defense-gan"],
 )  # fmt: skip
 def test_commands_of_the_baselines(command: list[str], file: str, my_images: Path) -> None:
-    arguments = [*command, "--classifier", "mine:make", "--device", "cpu", "--out", "out"]
+    arguments = [*command, "--classifier", "my_defended:make", "--device", "cpu", "--out", "out"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert (my_images / "out" / file).exists()
@@ -486,8 +486,8 @@ def test_commands_of_the_baselines(command: list[str], file: str, my_images: Pat
     ("arguments", "message"),
     [
         (["retrain", "images"], "name your own with --checkpoint"),
-        (["retrain", "images", "--checkpoint", "fashion_mnist", "--classifier", "mine:none"], "AttributeError"),
-        (["finetune", "images", "--from-scratch", "--start", "mine.py"], "got both"),
+        (["retrain", "images", "--checkpoint", "fashion_mnist", "--classifier", "my_defended:none"], "AttributeError"),
+        (["finetune", "images", "--from-scratch", "--start", "my_defended.py"], "got both"),
         (["finetune", "images", "--lambda", "-1", "--checkpoint", "purifier.safetensors"], "expected at least 0"),
         (["adversarial", "images", "--epsilon", "2"], "expected above 0 and at most 1"),
         (["magnet", "nowhere"], "expected one of"),

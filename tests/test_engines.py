@@ -484,7 +484,7 @@ def test_auto_takes_the_first_that_works_and_logs_it_once(caplog, monkeypatch):
 def test_auto_skips_what_cannot_do_the_precision():
     selection = select(precision="fp16")
     assert selection.engine is TorchEngine
-    assert selection.skipped == {"openvino": "precision: expected 'auto' or one of fp32, bf16, got 'fp16'"}
+    assert selection.skipped == {"openvino": "precision: expected 'auto' or one of fp32, bf16, int8, got 'fp16'"}
 
 
 @pytest.mark.parametrize("name", ROW)

@@ -77,10 +77,12 @@ def test_every_architecture_builds_for_every_compute_capability(kind, size, chan
     assert ("Building engine", 1.0) in steps
 
 
-def test_a_plan_without_fp16_would_be_larger(built, checkpoint):
+@rtx
+def test_a_plan_without_fp16_would_be_larger(checkpoint):
     """Strongly typed: the same network as float32 holds twice the bytes of weights, so the types were obeyed."""
-    key, _, plan = built
-    graph = onnx_graph.build(checkpoint, "fp32", "uint8").SerializeToString()
+    key, graph = key_of(checkpoint, "float")
+    plan = plans.build(plans.RTX, checkpoint, key, graph)
+    graph = onnx_graph.build(checkpoint, "fp32", "float").SerializeToString()
     twice = plans.build(plans.RTX, checkpoint, key, graph)
     assert len(twice.data) - len(plan.data) > 0.9 * checkpoint.config.weight_bytes(2)
 
