@@ -41,6 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RESULTS] = Results()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Open-loop load takes five minutes, as long as all the rest: it is measured when its file is named."""
+    if any("test_stream" in argument for argument in config.args):
+        return
+    for item in items:
+        if item.name.startswith("test_load["):
+            item.add_marker(pytest.mark.skip(reason="takes five minutes; name the file: pytest bench/test_stream.py"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def watched(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> None:
     """Look for other users of the machine before the first measurement."""

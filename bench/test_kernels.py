@@ -10,11 +10,16 @@ BATCHES = (16, 64, 256, 1024)
 LAYERS = {"encoder1": (64, 28), "encoder2": (64, 16), "encoder3": (128, 8), "encoder4": (256, 4)}
 FORMS = ("torch contiguous", "torch channels_last", "compiled channels_last", "triton channels_last")
 cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def bandwidth() -> float:
     """Bytes a second of a copy, the yardstick of everything here."""
+    import torch
+
+    if not torch.cuda.is_available():  # asked for before "device", which says the same
+        pytest.skip("torch sees no CUDA device")
     from bench import timing
 
     return timing.copy_bandwidth("cuda")

@@ -14,6 +14,7 @@ BATCHES = (16, 64, 256, 1024)
 FORMS = ("torch", "compiled", "triton")
 SEEDS = (0, 1, 2)
 cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["calls", "graph"])
