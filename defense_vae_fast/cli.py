@@ -327,8 +327,8 @@ Examples:
     help="Kind of images; may be repeated. uint8 (N, H, W, C), float or half (N, C, H, W) in [0, 1].",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "int8"]),
-    help="fp32 by default, fp16 for TensorRT; int8 for checkpoints with scales.",
+    "--precision", type=click.Choice(["fp32", "fp16", "int8", "fp8"]),
+    help="fp32 by default, fp16 for TensorRT; int8 or fp8 for checkpoints with scales.",
 )  # fmt: skip
 @click.option(
     "--max-batch", type=click.IntRange(1, 1 << 16), default=256, show_default=True,

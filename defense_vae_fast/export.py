@@ -55,7 +55,8 @@ def export(
         folder: where the files go; made if it is not there.
         kind: "uint8" (N, H, W, C), "float" (N, C, H, W) float32 or "half" the same in float16, both in [0, 1].
         precision: of weights and arithmetic in ONNX, of weights in OpenVINO IR: "fp32" (the default), "fp16", or "int8"
-            for checkpoints with scales. TensorRT: "fp16" (the default) or "int8".
+            for checkpoints with scales. TensorRT: "fp16" (the default), "int8" or "fp8", which takes compute capability
+            8.9 or more.
         max_batch: largest batch of a TensorRT plan; the other formats take any.
         lean: a plan for the lean runtime; format "tensorrt" alone.
         compute_capabilities: of the GPUs that a TensorRT-RTX plan is for, such as "8.9"; all that it knows by default.
@@ -91,6 +92,7 @@ def export(
     fp32 = format == "openvino" and precision != "int8"
     chosen: dict[str, onnx_graph.Precision] = {
         "fp32": "fp32", "fp16": "fp32" if fp32 else "fp16", "int8": "int8_fp16" if kind == "half" else "int8",
+        "fp8": "fp8_fp16",
     }  # fmt: skip
     graph = onnx_graph.build(loaded, chosen[precision], kind)
     if format == "onnx":
@@ -107,8 +109,10 @@ def _check_options(
     for name, value, known in (("format", format, FORMATS), ("images", kind, KINDS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    if precision not in (None, "fp32", "fp16", "int8"):
-        raise ValueError(f"precision: expected fp32, fp16 or int8, got {precision!r}")
+    if precision not in (None, "fp32", "fp16", "int8", "fp8"):
+        raise ValueError(f"precision: expected fp32, fp16, int8 or fp8, got {precision!r}")
+    if precision == "fp8" and format == "openvino":
+        raise ValueError("precision: expected fp32, fp16 or int8 with openvino, got 'fp8'")
     if precision == "fp32" and (format in _PACKAGES or kind == "half"):
         raise ValueError(f"precision: expected fp16 or int8 with {format} and {kind} images, got 'fp32'")
     if format == "openvino" and kind == "half":

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from defense_vae_fast.architecture import BATCH_NORM_EPSILON, Layer, VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
 
-Precision = Literal["fp32", "fp16", "int8", "int8_fp16"]
+Precision = Literal["fp32", "fp16", "int8", "int8_fp16", "fp8_fp16"]
 ImageKind = Literal["float", "uint8", "half"]
 
 INPUT = "images"
@@ -32,9 +32,11 @@ SCORE = "score"
 # Opset 17 is read by ONNX Runtime >= 1.12, OpenVINO >= 2022.2 and TensorRT >= 8.6; nothing here needs a later one.
 OPSET = 17
 IR_VERSION = 8
-# QuantizeLinear takes fp16 from opset 19 on: ONNX Runtime >= 1.15, TensorRT >= 9.
-OPSET_INT8_FP16 = 19
-IR_VERSION_INT8_FP16 = 9
+# QuantizeLinear takes fp16, and makes fp8, from opset 19 on: ONNX Runtime >= 1.15, TensorRT >= 9.
+OPSET_QUANTIZED_FP16 = 19
+IR_VERSION_QUANTIZED_FP16 = 9
+_QUANTIZED_FP16 = ("int8_fp16", "fp8_fp16")
+FLOAT8_MAX = 448  # of E4M3
 TILE = 4  # every image side that VAEConfig allows is a multiple of it; one channel then fills 16 lanes
 
 Float64 = npt.NDArray[np.float64]
@@ -115,21 +117,23 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
         precision: type of the weights and of the arithmetic between the image and the last layer's logits; the sigmoid
             and the score are float32 in all. ``int8``, for OpenVINO: weights int8 by output channel, activations uint8
             by tensor (the latent int8), float32 in layers without scales. ``int8_fp16``, for TensorRT: activations
-            int8, fp16 elsewhere; the first layer, with its one to four input channels, stays in fp16.
+            int8, fp16 elsewhere; the first layer, with its one to four input channels, stays in fp16. ``fp8_fp16``: the
+            same with 8-bit floats (E4M3), for compute capability 8.9 and up, from the same scales.
         image: what comes in and goes out.
 
     Raises:
         ValueError: ``precision`` or ``image`` is not one of the above, or the checkpoint has no int8 scales.
     """
-    if precision not in ("fp32", "fp16", "int8", "int8_fp16"):
-        raise ValueError(f"precision: expected 'fp32', 'fp16', 'int8' or 'int8_fp16', got {precision!r}")
+    if precision not in ("fp32", "fp16", "int8", "int8_fp16", "fp8_fp16"):
+        raise ValueError(f"precision: expected 'fp32', 'fp16', 'int8', 'int8_fp16' or 'fp8_fp16', got {precision!r}")
     if image not in ("float", "uint8", "half"):
         raise ValueError(f"image: expected 'float', 'uint8' or 'half', got {image!r}")
-    half = precision in ("fp16", "int8_fp16")
+    half = precision in ("fp16", "int8_fp16", "fp8_fp16")
     if image == "half" and not half:
         raise ValueError(f"image: expected 'float' or 'uint8' with precision {precision!r}, got 'half'; use fp16")
     config = checkpoint.config
-    graph = _Graph(np.dtype(np.float16 if half else np.float32), *_integers(checkpoint, precision))
+    dtype = np.dtype(np.float16 if half else np.float32)
+    graph = _Graph(dtype, _quantized(checkpoint, precision), precision == "int8", precision == "fp8_fp16")
 
     pixels = _from_uint8(graph, config) if image == "uint8" else INPUT
     convert = half and image != "half"
@@ -147,7 +151,7 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
         _to_uint8(graph, config, purified)
     error = graph.node("Abs", [graph.node("Sub", [pixels, purified])])
     axes = [1, 2, 3]
-    if precision == "int8_fp16":  # an input instead of an attribute since opset 18
+    if precision in _QUANTIZED_FP16:  # an input instead of an attribute since opset 18
         graph.node("ReduceMean", [error, graph.constant("pixels", np.array(axes))], output=SCORE, keepdims=0)
     else:
         graph.node("ReduceMean", [error], output=SCORE, axes=axes, keepdims=0)
@@ -157,13 +161,15 @@ def build(checkpoint: Checkpoint, precision: Precision = "fp32", image: ImageKin
 class _Graph:
     """Nodes and constants in the order they are added."""
 
-    def __init__(self, dtype: np.dtype[Any], amax: Mapping[str, float], unsigned: bool) -> None:
+    def __init__(self, dtype: np.dtype[Any], amax: Mapping[str, float], unsigned: bool, fp8: bool) -> None:
         self.dtype = dtype
         self.half = dtype == np.float16
         self.amax = amax
-        """Layers done in integers, and the largest magnitude of their input."""
+        """Layers done in eight bits, and the largest magnitude of their input."""
         self.unsigned = unsigned
         """Whether activations after a ReLU are uint8 instead of int8."""
+        self.fp8 = fp8
+        """Whether the eight bits are a float."""
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
@@ -182,11 +188,37 @@ class _Graph:
         """Store a weight in the graph's precision."""
         return self.constant(name, value.astype(self.dtype))
 
+    def levels(self, name: str, value: Float64) -> str:
+        """Store numbers in units of their scale as int8, or as fp8."""
+        if not self.fp8:
+            return self.constant(name, np.rint(value).clip(-127, 127).astype(np.int8))
+        raw = float8(value)
+        self.constants.append(
+            helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, raw.shape, raw.tobytes(), raw=True)
+        )  # fmt: skip
+        return name
 
-def _integers(checkpoint: Checkpoint, precision: Precision) -> tuple[Mapping[str, float], bool]:
-    """Largest input magnitude of each layer that is done in integers, and whether activations are unsigned."""
-    if not precision.startswith("int8"):
-        return {}, False
+    @property
+    def largest(self) -> int:
+        """Largest number of the eight bits with a sign."""
+        return FLOAT8_MAX if self.fp8 else 127
+
+
+def float8(value: Float64) -> npt.NDArray[np.uint8]:
+    """Bits of the nearest E4M3 numbers, ties to even, beyond 448 saturated: 4 bits of exponent, 3 of mantissa."""
+    magnitude = np.abs(value).clip(0, FLOAT8_MAX)
+    # Below 2**-6 steps stay as they are there: subnormal numbers, and zero.
+    exponent = np.where(magnitude < 2.0**-6, -6, np.frexp(magnitude)[1] - 1)
+    steps = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int64)  # 8 to 16, or 0 to 8 for subnormal ones
+    # Sixteen steps are eight of the next exponent, and the bits carry over by themselves.
+    bits: npt.NDArray[np.int64] = (exponent + 6) * 8 + steps + 128 * np.signbit(value)
+    return bits.astype(np.uint8)
+
+
+def _quantized(checkpoint: Checkpoint, precision: Precision) -> Mapping[str, float]:
+    """Largest input magnitude of each layer that is done in eight bits."""
+    if precision in ("fp32", "fp16"):
+        return {}
     if checkpoint.quantization is None:
         raise ValueError(
             f"precision {precision!r}: expected a checkpoint with int8 scales, got one without; "
@@ -194,8 +226,8 @@ def _integers(checkpoint: Checkpoint, precision: Precision) -> tuple[Mapping[str
         )
     amax = checkpoint.quantization.amax
     if precision == "int8":
-        return amax, True
-    return {name: value for name, value in amax.items() if name != checkpoint.config.encoder[0].name}, False
+        return amax
+    return {name: value for name, value in amax.items() if name != checkpoint.config.encoder[0].name}
 
 
 def _network(graph: _Graph, checkpoint: Checkpoint, x: str) -> str:
@@ -247,21 +279,22 @@ def _layer(graph: _Graph, layer: Layer, weight: Float64, bias: Float64, x: str) 
 
 
 def _quantize(graph: _Graph, layer: Layer, x: str) -> str:
-    """The input of a layer that is done in integers, rounded to its levels; that of any other as it is."""
+    """The input of a layer that is done in eight bits, rounded to its levels; that of any other as it is."""
     if layer.name not in graph.amax:
         return x
     # Images and what a ReLU leaves are never negative; the latent is.
     unsigned = graph.unsigned and not (layer.part == "decoder" and layer.kind == "linear")
-    scale = np.array(graph.amax[layer.name] / (255 if unsigned else 127))
+    scale = np.array(graph.amax[layer.name] / (255 if unsigned else graph.largest))
+    zero = f"{layer.name}.zero_point"
     parameters = [
         graph.weight(f"{layer.name}.scale", scale),
-        graph.constant(f"{layer.name}.zero_point", np.array(0, np.uint8 if unsigned else np.int8)),
+        graph.constant(zero, np.array(0, np.uint8)) if unsigned else graph.levels(zero, np.array(0.0)),
     ]
     return graph.node("DequantizeLinear", [graph.node("QuantizeLinear", [x, *parameters]), *parameters])
 
 
 def _weight(graph: _Graph, layer: Layer, weight: Float64) -> str:
-    """A layer's weight in the graph's precision, or as int8 with a scale for each output channel."""
+    """A layer's weight in the graph's precision, or in eight bits with a scale for each output channel."""
     name = f"{layer.name}.weight"
     if layer.name not in graph.amax:
         return graph.weight(name, weight)
@@ -270,13 +303,13 @@ def _weight(graph: _Graph, layer: Layer, weight: Float64) -> str:
     # The scale is rounded first, so that the levels are multiples of the number that the graph holds; a channel of
     # zeros, or of less than fp16 can scale, takes the smallest normal number.
     smallest = float(np.finfo(graph.dtype).tiny)
-    scale = (np.abs(weight).max(others) / 127).clip(smallest).astype(graph.dtype)
-    levels = np.rint(weight / np.expand_dims(scale.astype(np.float64), others)).clip(-127, 127)
+    scale = (np.abs(weight).max(others) / graph.largest).clip(smallest).astype(graph.dtype)
+    levels = weight / np.expand_dims(scale.astype(np.float64), others)
     parameters = [
         graph.constant(f"{name}_scale", scale),
-        graph.constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8)),
+        graph.levels(f"{name}_zero_point", np.zeros(scale.shape)),
     ]
-    return graph.node("DequantizeLinear", [graph.constant(name, levels.astype(np.int8)), *parameters], axis=axis)
+    return graph.node("DequantizeLinear", [graph.levels(name, levels), *parameters], axis=axis)
 
 
 def _from_uint8(graph: _Graph, config: VAEConfig) -> str:
@@ -309,7 +342,9 @@ def _to_uint8(graph: _Graph, config: VAEConfig, purified: str) -> None:
 
 
 def _model(graph: _Graph, checkpoint: Checkpoint, precision: Precision, image: ImageKind) -> onnx.ModelProto:
-    opset, ir_version = (OPSET_INT8_FP16, IR_VERSION_INT8_FP16) if precision == "int8_fp16" else (OPSET, IR_VERSION)
+    opset, ir_version = OPSET, IR_VERSION
+    if precision in _QUANTIZED_FP16:
+        opset, ir_version = OPSET_QUANTIZED_FP16, IR_VERSION_QUANTIZED_FP16
     channels, height, width = checkpoint.config.image_shape
     kind = {"float": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "half": TensorProto.FLOAT16}[image]
     size = (height, width, channels) if image == "uint8" else (channels, height, width)

@@ -115,6 +115,7 @@ def test_nothing_is_overwritten_without_force(tmp_path, checkpoint_path, format)
         (("-f", "onnx", "--compute-capability", "8.9"), "compute capability: expected with the format tensorrt-rtx"),
         (("-f", "tensorrt-rtx", "--compute-capability", "9.0"), "compute capability: expected one of 7.5, "),
         (("-f", "tensorrt-rtx", "--precision", "fp32"), "precision: expected fp16"),
+        (("-f", "openvino", "--precision", "fp8"), "expected fp32, fp16 or int8 with openvino"),
         (("-f", "openvino", "--images", "half"), "expected uint8 or float with openvino"),
         (("-f", "onnx", "--images", "half", "--precision", "fp32"), "precision: expected fp16"),
         (("-f", "onnx", "--precision", "int8"), "expected a checkpoint with int8 scales"),

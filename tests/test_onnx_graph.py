@@ -199,7 +199,7 @@ def test_weights_survive_the_file():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": "int4"}, "precision: expected 'fp32', 'fp16', 'int8' or 'int8_fp16', got 'int4'"),
+        ({"precision": "int4"}, "precision: expected 'fp32', 'fp16', 'int8', 'int8_fp16' or 'fp8_fp16', got 'int4'"),
         ({"image": "bf16"}, "image: expected 'float', 'uint8' or 'half', got 'bf16'"),
     ],
 )

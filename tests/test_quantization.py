@@ -306,15 +306,49 @@ def test_evaluate_measures_engines_on_the_same_images(dataset, classifier_d, qua
 
 
 @pytest.mark.skipif(plans.RTX.missing() is not None, reason=str(plans.RTX.missing()))
-@pytest.mark.parametrize("image", ["float", "uint8", "half"])
-def test_tensorrt_rtx_builds_it_strongly_typed(quantized28, image):
+@pytest.mark.parametrize(
+    ("image", "precision"), [("float", "int8"), ("uint8", "int8"), ("half", "int8"), ("uint8", "fp8"), ("half", "fp8")]
+)
+def test_tensorrt_rtx_builds_it_strongly_typed(quantized28, image, precision):
     key, graph = plans.make_key(
-        plans.RTX, quantized28, image, {"compute_capabilities": ["8.9"]}, (1, 64), precision="int8"
+        plans.RTX, quantized28, image, {"compute_capabilities": ["8.9", "12.0"]}, (1, 64), precision=precision
     )
     plan = plans.build(plans.RTX, quantized28, key, graph)
-    assert plan.header["key"]["precision"] == "int8"
+    assert plan.header["key"]["precision"] == precision
     assert plan.buckets == (1, 64)
     assert len(plan.data) > quantized28.config.weight_bytes(1)  # the weights are in it
+
+
+def test_fp8_is_refused_by_the_builder_below_compute_capability_8_9(quantized28):
+    if reason := plans.RTX.missing():
+        pytest.skip(reason)
+    target = {"compute_capabilities": ["8.6"]}
+    key, graph = plans.make_key(plans.RTX, quantized28, "uint8", target, (1,), precision="fp8")
+    with pytest.raises(plans.BuildError, match="fp8"):
+        plans.build(plans.RTX, quantized28, key, graph)
+
+
+def test_float8_is_the_nearest_e4m3_number():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="this onnx does not bring ml_dtypes")
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    finite = np.sort(every[np.isfinite(every)])
+    between = (finite[1:] + finite[:-1]) / 2  # ties
+    values = np.concatenate([finite, between, np.random.default_rng(0).normal(0, 60, 5000).clip(-448, 448)])
+    assert np.array_equal(onnx_graph.float8(values), values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    assert onnx_graph.float8(np.array([1e9, -1e9, np.inf])).tolist() == [0x7E, 0xFE, 0x7E]
+
+
+def test_fp8_rounds_more_than_int8_and_no_more_than_a_plan_accepts():
+    if reason := plans.RTX.missing():
+        pytest.skip(reason)
+    shipped = load_checkpoint("fashion_mnist")
+    key, _ = plans.make_key(plans.RTX, shipped, "float", {"compute_capabilities": ["8.9"]}, (8,), precision="fp8")
+    images, purified, scores = plans._vectors(shipped)
+    plan = plans.Plan(b"", (8,), images, purified, scores, {"key": key.to_dict()})
+    levels = images.transpose(0, 3, 1, 2)
+    rounded = run_graph(shipped, "fp8_fp16", levels)
+    assert plan.disagreement(*rounded) is None
+    assert rms(rounded[0] - purified) > rms(run_graph(shipped, "int8_fp16", levels)[0] - purified)
 
 
 def test_plans_of_int8_accept_what_int8_rounds_and_no_more():

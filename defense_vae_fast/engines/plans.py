@@ -50,9 +50,9 @@ TRUSTED_FOLDER = "DEFENSE_VAE_FAST_PLANS"
 """Environment variable: a folder of plans made elsewhere by ``defense-vae-fast export``, which the operator trusts."""
 
 # Grey levels on average and at most. fp16 keeps 11 bits: a trained network moves by less than half a level; by 0.8 in
-# int8. Beyond these it is broken, not rounded.
-TOLERANCE = {"fp16": (0.5, 8.0), "int8": (5.0, 64.0)}
-GRAPHS: dict[str, Precision] = {"fp16": "fp16", "int8": "int8_fp16"}
+# int8, more in fp8, which has fewer digits. Beyond these it is broken, not rounded.
+TOLERANCE = {"fp16": (0.5, 8.0), "int8": (5.0, 64.0), "fp8": (5.0, 96.0)}
+GRAPHS: dict[str, Precision] = {"fp16": "fp16", "int8": "int8_fp16", "fp8": "fp8_fp16"}
 """Precision of a plan, and of the graph that it is built from."""
 
 _MAX_HEADER_BYTES = 1 << 20
@@ -113,7 +113,7 @@ class Key:
         library_version: this library's version.
         checkpoint: the checkpoint's digest, for people; the graph's covers the weights.
         graph: SHA-256 of the serialized ONNX graph: weights, precision, kind of images.
-        precision: "fp16" or "int8".
+        precision: "fp16", "int8" or "fp8".
         kind: what the images are.
         buckets: batch sizes that have a profile; the largest one's profile takes any number up to it.
         workspace: most bytes of scratch memory that a kernel may use.
@@ -215,7 +215,7 @@ def make_key(
     """The key of a plan, and the ONNX graph that it is built from.
 
     Raises:
-        ValueError: ``precision`` is "int8" and the checkpoint has no scales.
+        ValueError: ``precision`` is "int8" or "fp8" and the checkpoint has no scales.
     """
     from defense_vae_fast import onnx_graph
 

@@ -65,7 +65,8 @@ class PoisonedError(RuntimeError):
 class TensorRTEngine(Engine):
     """TensorRT 10.3 or later, fp16 from the image to the last layer's logits, float32 for sigmoid and score.
 
-    "auto" is fp16. "int8" is for checkpoints with scales: int8 layers, the first one and all else as with fp16.
+    "auto" is fp16. "int8" and, from compute capability 8.9 on, "fp8" are for checkpoints with scales: layers in eight
+    bits, the first one and all else as with fp16.
 
     Batches of 1, 8, 32, 64, 128, 256 (and ``max_batch``, if larger) have a profile each; others are padded to the next.
     The first load on a machine builds the engines, which takes minutes; later ones read them from the cache.
@@ -73,7 +74,7 @@ class TensorRTEngine(Engine):
 
     name = "tensorrt"
     devices = ("cuda",)
-    precisions = ("fp16", "int8")
+    precisions = ("fp16", "int8", "fp8")
     dynamic_batch = False
     differentiable = False
     extra = "tensorrt"
@@ -157,6 +158,9 @@ class TensorRTEngine(Engine):
         if reason := cls.available(device):
             raise EngineUnavailable(f"the {cls.name} engine cannot work here: {reason}")
         precision = "fp16" if precision == "auto" else precision
+        has = cuda.compute_capability(cuda.current_ordinal())
+        if precision == "fp8" and tuple(map(int, has.split("."))) < (8, 9):
+            raise EngineUnavailable(f"precision 'fp8': expected compute capability 8.9 or more, got {has}; use 'int8'")
         try:
             return cls(checkpoint, precision, cuda.Device.get(cuda.current_ordinal()), max_batch, streams)
         except PermissionError as error:
