@@ -22,7 +22,7 @@ SECONDS = 10.0
 _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "OpenVINO": (("openvino",), "defense-vae-fast"),
     "PyTorch": (("torch",), "defense-vae-fast[torch]"),
-    "Triton": (("triton",), "triton"),
+    "Triton": (("triton",), "defense-vae-fast[triton]"),
     "TensorRT": (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "defense-vae-fast[tensorrt]"),
     "TensorRT-RTX": (("tensorrt-rtx-cu13", "tensorrt-rtx"), "defense-vae-fast[rtx]"),
     "TensorRT lean": (
@@ -31,7 +31,7 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "PyCUDA": (("pycuda",), "defense-vae-fast[cuda]"),
     "CUDA bindings": (("cuda-bindings",), "defense-vae-fast[cuda]"),
-    "NVRTC": (("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"), "defense-vae-fast[cuda]"),
+    "NVRTC": (("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"), "defense-vae-fast[nvrtc]"),
 }
 
 
