@@ -3,10 +3,10 @@
 BatchNorm is folded into the convolutions in float64. Precision is part of the graph (a strongly typed TensorRT network
 has no other place for it), and so is the image format: float or half NCHW, or uint8 NHWC.
 
-Integer arithmetic is written as pairs of QuantizeLinear and DequantizeLinear, which engines fuse into the layers
-between them. One set of scales makes two graphs, because the engines want different integers: x86 multiplies unsigned
-activations by signed weights (signed activations took 12 to 14 % longer in OpenVINO, and a ReLU leaves half of their
-range unused), TensorRT takes signed ones with zero point 0 alone.
+Eight-bit arithmetic is written as pairs of QuantizeLinear and DequantizeLinear, which engines fuse into the layers
+between them. One set of scales makes an int8 graph for each kind of engine, and one in fp8. The integers differ because
+x86 multiplies unsigned activations by signed weights (signed activations took 12 to 14 % longer in OpenVINO, and a ReLU
+leaves half of their range unused), while TensorRT takes signed ones with zero point 0 alone.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from training.evaluate import evaluate, summary
 from training.fit import CHECKPOINT_FILE, LOG_FILE, STATE_FILE, fit
 from training.pairs import FlyPairs, Order, TablePairs, attack_all
 from training.recipe import PRESETS, Recipe, preset
+from training.state import check_state
 from training.train_classifier import accuracy, fit_classifier, load_classifier, save_classifier
 
 TINY = Recipe(
@@ -322,6 +324,25 @@ def test_a_classifier_named_twice_has_more_turns_and_judges_its_own_images(
     result = fit(dataset, {name: Named(name) for name in ("x", "y")}, recipe, tmp_path)
     assert judged == ["x", "y", "x", "x", "y", "x"]
     assert load_checkpoint(result.checkpoint).recipe["classifiers"] == ["x", "y", "x"]
+
+
+def test_a_signal_between_a_step_and_its_end_loses_nothing(
+    dataset: Dataset, classifier_d: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes right after the first look for one."""
+
+    class Late:
+        looks = 0
+
+        def is_set(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    monkeypatch.setattr("training.fit._stop_signal", lambda: nullcontext(Late()))
+    result = fit(dataset, {"D": classifier_d}, replace(TINY, steps=5), tmp_path)
+    assert not result.finished
+    assert check_state(tmp_path / STATE_FILE, {}) == result.step
+    assert load_checkpoint(result.checkpoint).recipe["steps_made"] == result.step
 
 
 def test_a_run_is_not_overwritten_and_another_recipe_is_not_resumed(

@@ -151,7 +151,8 @@ def fit(
             epoch_ends = step % source.steps_per_epoch == 0 or step == steps
             if epoch_ends:
                 monitor.report(shipped, step, loss, recipe.rate(step - 1, steps))
-            if epoch_ends or stopping.is_set() or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            stop = stopping.is_set()  # asked once: what is left behind here is written first
+            if epoch_ends or stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 save_state(
                     state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, scaler=run.scaler,
                     run=about, device=device,
@@ -162,7 +163,7 @@ def fit(
                     made["init"] = {"digest": init.digest, **init.recipe}
                 save_checkpoint(out / CHECKPOINT_FILE, _bundle(shipped, data, {**recipe.to_dict(), **made}, accuracies))
                 saved = time.monotonic()
-            if stopping.is_set():
+            if stop:
                 break
     return FitResult(out / CHECKPOINT_FILE, step, steps)
 
