@@ -61,7 +61,7 @@ def table_command(
     \b
     Scales:
       quick  2,000 training images, 500 test images: to see everything work
-      cpu    15,000 training images (6,000 for CW), all test images: hours on two cores
+      cpu    10,000 training images (3,000 for CW), all test images: about half an hour a classifier and core
       paper  everything, three seeds: for a GPU
 
     \b

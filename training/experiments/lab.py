@@ -200,9 +200,9 @@ class Lab:
         e2e = replace(self.scale.e2e, seed=self.seed, from_scratch=from_scratch)
         start = attacked
         if from_scratch:
-            # As many passes as the purifier and both trainings after it have in all.
+            # At least as many passes as the purifier and both trainings after it have in all.
             epochs = self.scale.purifier.epochs + self.scale.rec.epochs + self.scale.e2e.epochs
-            e2e, seconds = replace(e2e, epochs=epochs, learning_rate=1e-3), 0.0
+            e2e, seconds = replace(e2e, steps=0, epochs=epochs, learning_rate=1e-3), 0.0
         else:
             rec_made = self.defence(dataset, name, "defense_vae_rec", training)
             start = load_weights(

@@ -69,13 +69,13 @@ SCALES: dict[str, Scale] = {
         gan=GanSettings(steps=300), search=(50, 2), magnet=MagNetSettings(epochs=3),
         adversarial=AdversarialSettings(epochs=1), substitute=SubstituteSettings(rounds=5), timed_images=1,
     ),
-    # For two cores: all test images, a quarter of the training images, a tenth for CW.
+    # For two cores: all test images, a sixth of the training images, a twentieth for CW.
     "cpu": Scale(
-        "cpu", (0,), test_images=10_000, search_images=200, classifier_epochs=10,
-        purifier=replace(_QUICK, name="cpu-table", images=15_000, cw_images=6_000, epochs=5),
-        rec=RetrainSettings(epochs=2), e2e=FinetuneSettings(epochs=1),
-        gan=GanSettings(steps=10_000), search=(200, 10), magnet=MagNetSettings(epochs=30),
-        adversarial=AdversarialSettings(epochs=5), substitute=SubstituteSettings(), timed_images=4,
+        "cpu", (0,), test_images=10_000, search_images=200, classifier_epochs=4,
+        purifier=replace(_QUICK, name="cpu-table", images=10_000, cw_images=3_000, epochs=2),
+        rec=RetrainSettings(steps=1000), e2e=FinetuneSettings(steps=1000),
+        gan=GanSettings(steps=4_000), search=(200, 10), magnet=MagNetSettings(epochs=10),
+        adversarial=AdversarialSettings(epochs=2), substitute=SubstituteSettings(), timed_images=4,
     ),
     # The paper's own sizes, for a GPU.
     "paper": Scale(
