@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.rows import Results, Row
 from defense_vae_fast.atomic import replacing
+from training.paper import paper_rows
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -27,6 +28,7 @@ def lines(results: Results, machine: dict[str, Any]) -> list[str]:
         *_table(results),
         "",
         *_search_lines(results),
+        *_paper_lines(results),
         *_best_lines(results),
         "",
         *_stream_lines(results),
@@ -88,6 +90,26 @@ def _search_lines(results: Results) -> list[str]:
     if not shown:
         return ["Defense-GAN's search: not measured at enough points for a fit"]
     return [*shown, "(its generator has random weights here: time does not depend on them)"]
+
+
+def _paper_lines(results: Results) -> list[str]:
+    """The paper's Table 4, as far as it was measured."""
+    paper = {(row.get("L"), row.get("R")): float(row["seconds"]) for row in paper_rows("4")}
+    body = []
+    for device in results.search_devices():
+        for row in results.searches(device):
+            own = paper.get((row.details["steps"], row.details["restarts"]))
+            if own is not None:
+                body.append([row.name, number(1000 * row.p50), number(own)])
+        modules = [row for row in results.of("released") if row.details["device"] == device]
+        engines = [row for row in results.fastest() if row.details["device"] == device]
+        for rows, own_text in ((modules, number(paper[None, None])), (engines, "-")):
+            if body and rows:
+                best = min(rows, key=lambda row: row.p50)
+                body.append([f"{best.name}, batch {best.batch}", number(1000 * best.p50), own_text])
+    if not body:
+        return []
+    return ["", *columns([["the paper's Table 4: seconds for 1,000 images", "here", "paper, Titan Xp"], *body]), ""]
 
 
 def _best_lines(results: Results) -> list[str]:

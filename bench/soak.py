@@ -120,6 +120,7 @@ def usage() -> dict[str, int]:
 def life(
     checkpoint: str,
     engine: str,
+    precision: str,
     when_full: WhenFull,
     count: int,
     seed: int,
@@ -127,7 +128,7 @@ def life(
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Open, stream ``count`` frames, close; what was seen."""
-    with Purifier.from_pretrained(checkpoint, engine=engine) as purifier:
+    with Purifier.from_pretrained(checkpoint, engine=engine, precision=precision) as purifier:
         serial = [purifier(frame).tobytes() for frame in frames]
         checker = Checker(serial)
         shares = [count // PRODUCERS + (index < count % PRODUCERS) for index in range(PRODUCERS)]
@@ -184,12 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--life", type=int, default=100_000, help="frames before the engine is closed and reopened")
     parser.add_argument("--checkpoint", default="fashion_mnist", help="name or path")
     parser.add_argument("--engine", default="auto")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "latest-soak.json")
     options = parser.parse_args(arguments)
     if min(options.frames, options.life) < PRODUCERS:
         parser.error(f"expected at least {PRODUCERS} frames, got {options.frames} in lives of {options.life}")
-    with Purifier.from_pretrained(options.checkpoint, engine=options.engine) as purifier:
+    chosen = {"engine": options.engine, "precision": options.precision}
+    with Purifier.from_pretrained(options.checkpoint, **chosen) as purifier:
         channels, height, width = purifier.config.image_shape
         engine = purifier.info()
     frames = np.random.default_rng(options.seed).integers(0, 256, (DISTINCT, height, width, channels), dtype=np.uint8)
@@ -204,8 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             count = min(left, options.life)
             when_full = POLICIES[len(lives) % len(POLICIES)]
             lives.append(
-                life(options.checkpoint, engine["engine"], when_full, count, options.seed + len(lives), frames,
-                     lambda done: bar.advance(task, done))
+                life(options.checkpoint, engine["engine"], engine["precision"], when_full, count,
+                     options.seed + len(lives), frames, lambda done: bar.advance(task, done))
             )  # fmt: skip
             left -= count
             seconds = time.monotonic() - started

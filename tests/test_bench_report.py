@@ -146,10 +146,22 @@ def test_lines_say_it_all(results: Results) -> None:
         "batch 64: 250 us an image (fast cpu bf16, uint8), - x the released module",
         "2,010 x Defense-GAN",
         "random weights",
+        "Defense-GAN cpu, L=200 R=10",
     ):
         assert expected in text
     row = next(line for line in text.splitlines() if line.startswith("fast cpu bf16, uint8 "))
     assert " ".join(row.split()) == "fast cpu bf16, uint8 1 1.00 ms 1.00 ms 1,000 2,010 4.00 8.00 18%"
+
+
+def test_the_papers_table_of_times(results: Results) -> None:
+    lines = [" ".join(line.split()) for line in report.lines(results, described())]
+    start = next(place for place, line in enumerate(lines) if line.startswith("the paper's Table 4"))
+    assert lines[start + 2 : start + 5] == [
+        "Defense-GAN cpu, L=200 R=10 2,010 442",
+        "released warm, batch 1 4.00 9.03",
+        "fast cpu bf16, uint8, batch 64 0.250 -",
+    ]
+    assert all("Table 4" not in line for line in report.lines(Results([search_row(25, 1)]), described()))
 
 
 @pytest.mark.parametrize(
