@@ -24,6 +24,7 @@ from training.card.adaptive import Effort, SampledPipeline, sweep
 from training.card.checks import checks
 from training.card.corruptions import corruptions
 from training.card.detector import fool_both, roc, scores, threshold
+from training.card.kept import kept_section
 from training.card.render import (
     CARD_FILE,
     JSON_FILE,
@@ -305,6 +306,25 @@ def test_the_card_of_ones_own_purifier(draws: str, my_images: Path) -> None:
         assert part in text
         assert part in page
     assert page.count("data:image/png;base64,") == text.count(".png)") == 3
+
+
+def test_a_finished_part_is_kept_and_a_damaged_one_named(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> tuple[dict[str, object], list[Tensor]]:
+        made.append(1)
+        return {"value": len(made)}, [torch.full((2, 1, 3, 3), number, dtype=torch.uint8) for number in range(12)]
+
+    first, pictures = kept_section(tmp_path / "kept", {"seed": 0}, make)
+    again, same = kept_section(tmp_path / "kept", {"seed": 0}, make)
+    assert first == again == {"value": 1}
+    assert all(torch.equal(one, other) for one, other in zip(pictures, same, strict=True))
+    assert kept_section(tmp_path / "kept", {"seed": 1}, make)[0] == {"value": 2}
+    assert kept_section(None, {"seed": 0}, make)[0] == {"value": 3}
+    for path in (tmp_path / "kept").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="remove the file"):
+        kept_section(tmp_path / "kept", {"seed": 0}, make)
 
 
 @pytest.mark.parametrize(

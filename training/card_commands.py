@@ -52,7 +52,8 @@ def card_command(
 
     It says what the purifier withstands and where it fails: clean and damaged images, attackers who do not know it,
     attackers who only ask, attackers who know everything, and what its score detects. It takes from minutes to an hour
-    a classifier on two cores; fewer --images make it shorter.
+    a classifier on two cores; fewer --images make it shorter. Stopped, the same command goes on with the classifiers
+    that are missing.
 
     \b
     Examples:
@@ -91,9 +92,7 @@ def card_command(
             raise ValueError(f"--adversarial: expected NAME=FILE with NAME one of {', '.join(models)}, got {spec!r}")
         robust[name] = load_weights(Path(file), models[name], where)
     title = Path(checkpoint).stem if Path(checkpoint).suffix else checkpoint
-    card, pictures = make_card(
-        bundle, loaded, models, settings, adversarial=robust, device=where, keep=RUNS / "card-attacked"
-    )
+    card, pictures = make_card(bundle, loaded, models, settings, adversarial=robust, device=where, keep=RUNS / "card")
     out = out or Path("docs/cards") / title
     write_card(card, pictures, out, title)
     for name, section in card["classifiers"].items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.machine import describe
+from defense_vae_fast import __version__
 from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.engines import EngineUnavailable
 from defense_vae_fast.nn.defended import PurifiedClassifier
@@ -25,10 +26,12 @@ from training.card.adaptive import Effort, SampledPipeline, sweep
 from training.card.checks import checks
 from training.card.corruptions import corruptions
 from training.card.detector import FALSE_ALARMS, fool_both, roc, scores, threshold
+from training.card.kept import Section, kept_section
 from training.data import Dataset, Split, to_float, to_uint8
 from training.defences import bare, defense_vae, measure
 from training.device import place
 from training.evaluate import TRANSFER_ATTACKS
+from training.train_classifier import weights_digest
 
 PICTURES = 8
 ROC_POINTS = 60
@@ -81,7 +84,7 @@ def make_card(
         settings: how much.
         adversarial: for some of the names, an adversarially trained classifier to compare with.
         device: where to work.
-        keep: folder in which oblivious attacks' images are kept.
+        keep: folder in which oblivious attacks' images and finished classifiers' parts are kept; None keeps nothing.
 
     Returns:
         The card as values that JSON can hold, and rows of uint8 pictures by classifier.
@@ -101,11 +104,15 @@ def make_card(
     }  # fmt: skip
     pictures: dict[str, list[Tensor]] = {}
     for name, classifier in classifiers.items():
-        start = time.monotonic()
         one = _Classifier(name, classifier, vae, bundle, settings, keep)
         robust = (adversarial or {}).get(name)
-        section, pictures[name] = one.section(own, split, few, validation, data.classes, robust)
-        card["classifiers"][name] = {**section, "wall_seconds": round(time.monotonic() - start, 1)}
+        about = {
+            "version": __version__, "name": name, "checkpoint": bundle.digest, "data": data.digest,
+            "settings": asdict(settings), "classifier": weights_digest(classifier), "layers": repr(classifier),
+            "adversarial": None if robust is None else weights_digest(robust), "device": device.type,
+        }  # fmt: skip
+        make = partial(one.timed_section, own, split, few, validation, data.classes, robust)
+        card["classifiers"][name], pictures[name] = kept_section(keep, about, make)
     return card, pictures
 
 
@@ -120,9 +127,14 @@ class _Classifier:
     settings: CardSettings
     keep: Path | None
 
+    def timed_section(self, *given: Any) -> Section:
+        start = time.monotonic()
+        section, pictures = self.section(*given)
+        return {**section, "wall_seconds": round(time.monotonic() - start, 1)}, pictures
+
     def section(
         self, own: Split, split: Split, few: Split, validation: Split, classes: int, robust: nn.Module | None
-    ) -> tuple[dict[str, Any], list[Tensor]]:
+    ) -> Section:
         pipeline = PurifiedClassifier(self.vae, self.classifier).eval()
         answering: nn.Module = pipeline
         gradients: nn.Module | None = None
