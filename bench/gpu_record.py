@@ -1,0 +1,166 @@
+"""The whole GPU record, one command: ``python -m bench.gpu_record [--only STEP ...] [--out DIR]``.
+
+    acceptance  every GPU test and benchmark (bench/gpu_acceptance.py)
+    pycuda      PyCUDA built here, if it is not installed
+    memcheck    the GPU tests of the csrc kernels under compute-sanitizer
+    racecheck   the same for races in shared memory
+    endurance   a million purifications on every engine that works here: same bytes, no growth
+    accuracy    the shipped purifier's accuracy in fp16 beside float32, on the test set's images
+    checkpoint  training at full scale: fresh attacks against all seven classifiers, then the polish
+    tables      the paper's Tables 1 to 4 at its own scale, three seeds
+
+Steps run in this order, each in a process of its own with a time limit; a step that fails does not stop the others, and
+``record.json`` is written after each. Training and tables go on where an earlier call stopped: give them more calls.
+Exit codes: 0 all that ran passed; 1 something failed; 2 there is no GPU, and nothing ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.report import write_json
+from defense_vae_fast import cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
+OK, FAILED, NOTHING = 0, 1, 2
+NOTHING_TO_DO = 5  # exit code of pytest without tests, and of an endurance run whose engine cannot work here
+GRACE_SECONDS = 60.0  # after an interrupt, for a training to save itself
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command.
+
+    Attributes:
+        name: several commands may share one; they run one after the other.
+        command: what to run.
+        seconds: after which it is interrupted, and soon after killed.
+        needs: a program without which it is skipped.
+        resumes: an interrupt at the limit is no failure: the next call goes on.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    needs: str | None = None
+    resumes: bool = False
+
+
+def steps(out: Path) -> list[Step]:
+    """All of them, in order."""
+    training = (PYTHON, "-m", "training")
+    kernels = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-k", "kernels or frames")
+    sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool")
+    found = [Step("acceptance", (PYTHON, "bench/gpu_acceptance.py", "--out", str(out / "gpu_acceptance.json")), 560)]
+    if importlib.util.find_spec("pycuda") is None:
+        found.insert(0, Step("pycuda", (PYTHON, "-m", "pip", "install", "pycuda>=2024.1"), 400))
+    found += [
+        Step("memcheck", (*sanitizer, "memcheck", *kernels), 400, "compute-sanitizer"),
+        Step("racecheck", (*sanitizer, "racecheck", *kernels), 400, "compute-sanitizer"),
+    ]
+    for engine in ("tensorrt", "tensorrt-rtx", "torch"):
+        words = ("--engine", engine, "--device", "cuda", "--out", str(out / f"endurance-{engine}.json"))
+        found.append(Step("endurance", (PYTHON, "-m", "bench.endurance", *words), 300))
+    found.append(
+        Step(
+            "accuracy",
+            (*training, "evaluate", "fashion_mnist", "--engine-precision", "fp16", "--json",
+             str(out / "accuracy_fp16.json")),
+            500,
+        )
+    )  # fmt: skip
+    for dataset in ("fashion_mnist", "mnist"):
+        first, second = out / f"{dataset}-pooled", out / f"{dataset}-polish"
+        begun = (first / "state.safetensors").exists(), (second / "state.safetensors").exists()
+        found += [
+            Step("checkpoint", (*training, "fit", dataset, "--preset", "pooled", "--out", str(first),
+                                *(["--resume"] if begun[0] else [])), 1800, resumes=True),
+            Step("checkpoint", (*training, "fit", dataset, "--preset", "polish", "--init",
+                                str(first / "checkpoint.safetensors"), "--out", str(second),
+                                *(["--resume"] if begun[1] else [])), 1800, resumes=True),
+        ]  # fmt: skip
+    found += [
+        Step("tables", (*training, "table", number, "--scale", "paper"), 7200, resumes=True)
+        for number in ("1", "2", "3", "4")
+    ]
+    return found
+
+
+def run(step: Step) -> dict[str, Any]:
+    """Run a step; its outcome, exit code, seconds and the end of what it printed."""
+    if step.needs and not shutil.which(step.needs):
+        return {"outcome": "skipped", "reason": f"{step.needs} is not installed"}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        step.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True, env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    stopped = False
+    try:
+        output, _ = process.communicate(timeout=step.seconds)
+    except subprocess.TimeoutExpired:
+        stopped = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        try:
+            output, _ = process.communicate(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+    if stopped:
+        outcome = "to be continued" if step.resumes else f"stopped after {step.seconds:.0f} s"
+    else:
+        outcome = {0: "passed", NOTHING_TO_DO: "skipped"}.get(process.returncode, "failed")
+    return {
+        "outcome": outcome, "exit_code": process.returncode, "seconds": round(time.monotonic() - start, 1),
+        "output": output[-4000:],
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(dict.fromkeys(step.name for step in steps(Path())))
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help="these alone")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu")
+    options = parser.parse_args(arguments)
+    out: Path = options.out.resolve()
+    chosen = [step for step in steps(out) if not options.only or step.name in options.only]
+    if not cuda.has_device():
+        print("there is no GPU here, so nothing was measured; this is what would run:")
+        for step in chosen:
+            print(f"  {step.name}: {' '.join(step.command)}")
+        return NOTHING
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "record.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"steps": {}}
+    record["machine"], record["gpus"] = machine.describe(), [device._asdict() for device in cuda.devices()]
+    outcomes = []
+    for step in chosen:
+        found = run(step)
+        outcomes.append(found["outcome"])
+        record["steps"][" ".join(step.command[1:])] = {"step": step.name, **found}
+        write_json(path, record)
+        print(f"{step.name}: {found['outcome']}")
+    print(f"written to {path}")
+    return OK if all(outcome in ("passed", "skipped", "to be continued") for outcome in outcomes) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
