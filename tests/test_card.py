@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor, nn
 
+from bench import card_check
 from defense_vae_fast.checkpoint import Checkpoint, save_checkpoint
 from defense_vae_fast.nn.defended import PurifiedClassifier
 from defense_vae_fast.nn.model import DefenseVAE
@@ -325,6 +326,20 @@ def test_a_finished_part_is_kept_and_a_damaged_one_named(tmp_path: Path) -> None
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="remove the file"):
         kept_section(tmp_path / "kept", {"seed": 0}, make)
+
+
+def test_foolbox_repeats_the_adaptive_numbers(blurring: PurifiedClassifier, images: tuple[Tensor, Tensor]) -> None:
+    """The check of a card, on images too few for a point's agreement: within two images."""
+    pixels, labels = images
+    effort = Effort((0.01, 0.02), steps=10, restarts=2, library=False)
+    torch.manual_seed(0)
+    theirs = card_check.adaptive(
+        blurring, pixels, labels, {"epsilons": [0.01, 0.02], "steps": 10, "restarts": 2}
+    )  # fmt: skip
+    ours = sweep(blurring, pixels, labels, effort).worst
+    assert list(theirs) == ["0.01", "0.02"]
+    for epsilon, value in ours.items():
+        assert theirs[f"{epsilon:g}"] == pytest.approx(value, abs=200 / len(labels))
 
 
 @pytest.mark.parametrize(
