@@ -195,7 +195,10 @@ def test_table_pairs_hold_twelve_attacks_and_the_clean_image(dataset: Dataset, c
     batches = [source.batch(step) for step in range(source.steps_per_epoch + 1)]
     inputs = torch.cat([batch.inputs for batch in batches])[:rows]
     index = torch.cat([batch.clean_index for batch in batches])[:rows]
-    assert index.bincount().tolist() == [13] * 8 + [9] * 12
+    # Every attack has other images, so that few of each cover the split.
+    counts = index.bincount(minlength=len(dataset.train))
+    assert int((counts > 0).sum()) > 100
+    assert int(counts.max()) < 5
     distance = (inputs - to_float(dataset.train.images[index])).abs().amax((1, 2, 3))
     # Each image comes once as it is, eight times within an epsilon of at most 0.4, and under CW beyond it.
     assert int((distance == 0).sum()) >= 20

@@ -80,7 +80,7 @@ def fit(
 
     \b
     Presets, on two cores (quick and paper are estimates):
-      quick   the paper's attacks on 6,000 images, one classifier: tens of minutes
+      quick   each of the paper's attacks on 6,000 images, one classifier: tens of minutes
       paper   the same on all images, five epochs with batches of 16: a day; meant for a GPU
       pooled  fresh attacks on seven classifiers, the shipped recipe: one to two hours
       polish  its second part, after --init: one hour on one core

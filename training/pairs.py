@@ -81,7 +81,8 @@ class TablePairs:
         classifiers: the attacked classifiers by name; each adds thirteen rows an image.
         batch_size: pairs a step.
         seed: seeds the attacks' noise and the order.
-        images: attack the first so many images only; None for all.
+        images: attack so many images only, other ones with each attack, so that together they cover the split; None
+            for all.
         cw_images: the same for CW and DeepFool, which cost the most.
         attacks: other attacks than the paper's twelve.
         make: makes an attack's images, as :func:`attack_all` does; one that keeps them saves the next table the work.
@@ -105,16 +106,17 @@ class TablePairs:
         rows: list[Tensor] = []
         index: list[Tensor] = []
         for name, classifier in classifiers.items():
-            for attack in attacks:
-                count = (
-                    cw_images if isinstance(attack, CarliniWagnerL2 | DeepFool) and cw_images is not None else images
+            for place, attack in enumerate(attacks):
+                slow = isinstance(attack, CarliniWagnerL2 | DeepFool) and cw_images is not None
+                chosen = _stretch(len(split), cw_images if slow else images, place / (len(attacks) + 1)).to(
+                    self._device
                 )
-                part = split.first(count)
+                part = Split(split.images[chosen], split.labels[chosen])
                 rows.append(make(attack, classifier, part, seed=seed, title=f"{type(attack).__name__} on {name}"))
-                index.append(torch.arange(len(part), device=self._device))
-            part = split.first(images)
-            rows.append(part.images)
-            index.append(torch.arange(len(part), device=self._device))
+                index.append(chosen)
+            chosen = _stretch(len(split), images, len(attacks) / (len(attacks) + 1)).to(self._device)
+            rows.append(split.images[chosen])
+            index.append(chosen)
         self._rows, self._index = torch.cat(rows), torch.cat(index)
         self._order = Order(len(self._rows), seed, split.images.device)
         self.steps_per_epoch = max(1, len(self._rows) // batch_size)
@@ -192,6 +194,13 @@ class FlyPairs:
                 iterated = CarliniWagnerL2(rate, iterations=CW_ITERATIONS, abort_early=False)
             attacked.append(iterated(classifier, clean[half:], labels[half:]))
         return Pairs(torch.cat([to_float(to_uint8(torch.cat(attacked))), images[self._attacked :]]), index)
+
+
+def _stretch(total: int, count: int | None, start: float) -> Tensor:
+    """``count`` successive positions out of ``total``, from the share ``start`` on and round the end; None for all."""
+    if count is None or count >= total:
+        return torch.arange(total)
+    return (int(start * total) + torch.arange(count)) % total
 
 
 def pair_source(

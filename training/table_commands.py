@@ -60,8 +60,8 @@ def table_command(
 
     \b
     Scales:
-      quick  2,000 training images, 500 test images: to see everything work
-      cpu    10,000 training images (3,000 for CW), all test images: about half an hour a classifier and core
+      quick  2,000 training images an attack, 500 test images: to see everything work
+      cpu    10,000 training images an attack (3,000 for CW), all test images: half an hour a classifier and core
       paper  everything, three seeds: for a GPU
 
     \b
