@@ -157,6 +157,13 @@ def test_a_table_is_run_once_and_every_cell_is_measured_again_by_its_own_command
     ours = record["value"]
     assert f"**{ours:.2f}** ({record['paper']:.2f}, {ours - record['paper']:+.2f})" in page
     assert "| fgsm | A | not run (99.15)" in page
+    leaking = [line for line in page.splitlines() if line.startswith("| fgsm, away from the prediction | D |")]
+    assert len(leaking) == 1
+    assert f"**{record['away_from_prediction']:.2f}**" in leaking[0]
+    assert {name for name, one in by_name.items() if "away_from_prediction" in one} == {
+        f"mnist-fgsm-D-{column}-seed0"
+        for column in ("defense_vae", "defense_vae_rec", "defense_vae_e2e", "adv_training")
+    }
     assert "CelebA" in page
 
 

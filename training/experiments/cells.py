@@ -17,6 +17,7 @@ TABLES = ("1", "2", "3", "4", "7", "8")
 DEFENCES = ("defense_vae", "defense_vae_rec", "defense_vae_e2e", "defense_gan", "magnet", "adv_training", "pooled")
 # Run only when asked for by name: the paper says that it comes close to fine-tuning, and reports the latter.
 FROM_SCRATCH = "defense_vae_e2e_scratch"
+TRAINED_ON_ATTACKS = ("defense_vae", "defense_vae_rec", "defense_vae_e2e", FROM_SCRATCH, "pooled", "adv_training")
 _WHITE_BOX: dict[str, dict[str, tuple[str, ...]]] = {
     "1": {"fashion_mnist": PAPER_CLASSIFIERS, "mnist": PAPER_CLASSIFIERS},
     "7": {"celeba": PAPER_CLASSIFIERS, "cifar10_jpeg": ("A", "C", "D")},

@@ -263,8 +263,14 @@ class Lab:
         robust = load_weights(folder / CLASSIFIER_FILE, self.classifier(dataset, name), self.device)
         return Made(bare(robust, "adv_training"), seconds, {"attacked": weights_digest(robust)}, asdict(settings))
 
-    def images(self, dataset: str, defence: Defence, attack: str, substitute: str, count: int) -> Split:
-        """The first ``count`` test images with their true labels, attacked on the defence's ``attacked`` classifier."""
+    def images(
+        self, dataset: str, defence: Defence, attack: str, substitute: str, count: int, *, predicted: bool = False
+    ) -> Split:
+        """The first ``count`` test images with their true labels, attacked on the defence's ``attacked`` classifier.
+
+        The attack runs away from the true labels, as the paper's, or from what the classifier predicts; through a
+        substitute always from what that predicts.
+        """
         test = self.dataset(dataset).test.to(self.device)
         if substitute:
             settings = replace(self.scale.substitute, seed=self.seed)
@@ -280,7 +286,7 @@ class Lab:
         split = test.first(count)
         if attack == "clean":
             return split
-        return self._attack(PAPER_TEST_ATTACKS[attack], defence.attacked, split, attack, False)
+        return self._attack(PAPER_TEST_ATTACKS[attack], defence.attacked, split, attack, predicted)
 
     def _attack(self, attack: Attack, network: nn.Module, split: Split, title: str, predicted: bool) -> Split:
         made = attacked_images(

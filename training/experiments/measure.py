@@ -17,10 +17,11 @@ from training.data import to_float
 from training.defences import measure
 from training.device import place
 from training.evaluate import purify_all
-from training.experiments.cells import Cell
+from training.experiments.cells import TRAINED_ON_ATTACKS, Cell
 from training.experiments.lab import Lab
 from training.paper import paper_value
 
+AWAY_FROM_PREDICTION = "away_from_prediction"
 TIMED_IMAGES = 1000  # of the fast methods: the paper's number
 
 
@@ -31,7 +32,8 @@ def run_cell(lab: Lab, cell: Cell) -> dict[str, Any]:
         ``value`` (percent, or seconds for 1,000 images in Table 4), ``paper``, ``images``, ``wall_seconds`` of the
         measurement, attack included where it was not made before, ``training_seconds`` of everything trained for it,
         ``digests`` of the weights, ``settings``, ``machine``, ``scale``, ``seed``, and the ``command`` that does it
-        again.
+        again; for FGSM on the classifier itself ``away_from_prediction`` too: the accuracy where the attack runs away
+        from the prediction.
 
     Raises:
         NotAvailable: the data are missing, or there is no such defence for this data set.
@@ -69,8 +71,16 @@ def _accuracy(lab: Lab, cell: Cell) -> dict[str, Any]:
     attack = "clean" if column == "no_attack" else cell.attack
     substitute = "" if column == "no_attack" else cell.substitute
     split = lab.images(cell.dataset, made.defence, attack, substitute, count)
-    score = measure(made.defence, split.images, split.labels, title=f"{cell.column} {' '.join(filter(None, cell.row))}")
+    title = f"{cell.column} {' '.join(filter(None, cell.row))}"
+    score = measure(made.defence, split.images, split.labels, title=title)
+    leaking: dict[str, float] = {}
+    if attack == "fgsm" and not substitute and cell.column in TRAINED_ON_ATTACKS:
+        # One step away from the true label carries that label in its sign pattern, which a defence can learn to read.
+        other = lab.images(cell.dataset, made.defence, attack, "", count, predicted=True)
+        found = measure(made.defence, other.images, other.labels, title=f"{title}, away from the prediction")
+        leaking = {AWAY_FROM_PREDICTION: found.accuracy}
     return {
+        **leaking,
         "value": score.accuracy, "unit": "percent", "rejected": score.rejected, "right_or_rejected": score.handled,
         "images": len(split), "paper": paper_cell(cell), "wall_seconds": round(time.monotonic() - start, 2),
         "training_seconds": made.training_seconds, "digests": made.digests, "settings": made.settings,
