@@ -105,7 +105,7 @@ def retrain_command(
 )
 @click.option("--from-scratch", is_flag=True, help="Start both from random weights.")
 @click.option(
-    "--lambda", "classifier_weight", type=float, default=30.0, help="Weight of the cross-entropy, equation 5."
+    "--lambda", "classifier_weight", type=float, default=5.0, help="Weight of the cross-entropy, equation 5."
 )
 @click.option("--kl-weight", type=float, default=0.0, help="Weight of the KL term.")
 @pairs_option
@@ -128,7 +128,7 @@ def finetune_command(
 
     \b
     Examples:
-      python -m training finetune fashion_mnist --name B --lambda 30
+      python -m training finetune fashion_mnist --name B --lambda 1
       python -m training finetune path/to/images --checkpoint runs/images-pooled/checkpoint.safetensors \\
           --classifier my_package.my_module:make_classifier --start runs/images-rec/classifier.safetensors
     """

@@ -35,7 +35,8 @@ class FinetuneSettings:
         steps: optimizer steps; 0 means ``epochs`` passes over the pairs.
         epochs: passes over the pairs where ``steps`` is 0.
         learning_rate: Adam's at the start; it falls linearly to 0.
-        classifier_weight: lambda of equation 5. The paper does not give its own; pixels count by the hundred in the
+        classifier_weight: lambda of equation 5. The paper does not give its own; the larger it is, the more the pair
+            learns to read labels off a single step's pattern of signs. Pixels count by the hundred in the
             other term, so 1 hardly moves anything.
         kl_weight: weight of the KL term: 1 in the paper's text, 0 in its released code.
         from_scratch: random weights on both sides, instead of those given.
@@ -45,7 +46,7 @@ class FinetuneSettings:
     steps: int = 0
     epochs: int = 1
     learning_rate: float = 3e-4
-    classifier_weight: float = 30.0
+    classifier_weight: float = 5.0
     kl_weight: float = 0.0
     from_scratch: bool = False
     seed: int = 0
