@@ -36,8 +36,7 @@ class FinetuneSettings:
         epochs: passes over the pairs where ``steps`` is 0.
         learning_rate: Adam's at the start; it falls linearly to 0.
         classifier_weight: lambda of equation 5. The paper does not give its own; the larger it is, the more the pair
-            learns to read labels off a single step's pattern of signs. Pixels count by the hundred in the
-            other term, so 1 hardly moves anything.
+            learns to read labels off a single step's pattern of signs. Pixels count by the hundred in the other term.
         kl_weight: weight of the KL term: 1 in the paper's text, 0 in its released code.
         from_scratch: random weights on both sides, instead of those given.
         seed: seeds weights, dropout and the latent's noise.
