@@ -80,6 +80,16 @@ class _Path(click.Path):
         return super().convert(value, param, ctx)
 
 
+def _numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> list[float] | None:
+    """Numbers with commas between them."""
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"expected numbers with commas between them, such as 0.5,0.5,0.5, got {text!r}", context, parameter
+        ) from None
+
+
 def _print_any_name() -> None:
     """Let stdout escape what its encoding lacks: a file's name may be any bytes, and to print it must not fail."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -313,7 +323,8 @@ def info() -> None:
 Examples:
   {PROGRAM} export fashion_mnist --format onnx -o models/
   {PROGRAM} export mine.safetensors --format tensorrt-rtx -o models/     # no GPU needed
-  {PROGRAM} export fashion_mnist --format tensorrt --lean -o models/     # on the GPU that it is for"""
+  {PROGRAM} export fashion_mnist --format tensorrt --lean -o models/     # on the GPU that it is for
+  {PROGRAM} export fashion_mnist --format onnx --with classifier.onnx --mean 0.5 --std 0.25 -o models/"""
 )
 @click.argument("checkpoint", metavar="NAME|FILE")
 @click.option(
@@ -339,6 +350,17 @@ Examples:
     "--compute-capability", "capabilities", multiple=True, metavar="X.Y",
     help="GPUs that a tensorrt-rtx engine is for, such as 8.9; may be repeated; all that it knows by default.",
 )  # fmt: skip
+@click.option(
+    "--with", "classifier", type=_Path(dir_okay=False), metavar="FILE.onnx",
+    help="Your classifier, joined behind the purifier: images -> purified, score, logits.",
+)  # fmt: skip
+@click.option(
+    "--mean", callback=_numbers, metavar="X[,X...]",
+    help="With --with: what the classifier wants subtracted from pixels in [0, 1], one number a channel.",
+)  # fmt: skip
+@click.option(
+    "--std", callback=_numbers, metavar="X[,X...]", help="With --with: what it wants them divided by afterwards.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace files that exist already.")
 @_debug
 def export(
@@ -350,12 +372,19 @@ def export(
     max_batch: int,
     lean: bool,
     capabilities: tuple[str, ...],
+    classifier: Path | None,
+    mean: list[float] | None,
+    std: list[float] | None,
     force: bool,
 ) -> None:
-    """Write a purifier for another program or another machine.
+    """Write a purifier for another program or another machine, alone or joined with your classifier.
 
     A TensorRT engine is three files: the .plan that TensorRT reads, and beside it what is checked before this library
-    loads it. Put them into a folder on the other machine and name it in DEFENSE_VAE_FAST_PLANS.
+    loads it. Put them into a folder on the other machine and name it in DEFENSE_VAE_FAST_PLANS. One with a classifier
+    is for your own program; 'doctor --plan' compares it with float32.
+
+    The classifier is an ONNX file with one input, images of the purifier's size and channels, uint8 or floating, in
+    either layout, and one output. It keeps its precision; --precision is the purifier's.
     """
     from defense_vae_fast import export as work
 
@@ -363,7 +392,8 @@ def export(
         done = work.export(
             checkpoint, format_, output, kind,  # type: ignore[arg-type]  # click has checked it
             precision=precision,
-            max_batch=max_batch, lean=lean, compute_capabilities=capabilities, force=force,
+            max_batch=max_batch, lean=lean, compute_capabilities=capabilities,
+            classifier=classifier, mean=mean, std=std, force=force,
         )  # fmt: skip
         sizes = ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in done.paths)
         click.echo(f"{output}: {sizes}: {done.note}")
@@ -373,6 +403,7 @@ def export(
     epilog=f"""\b
 Examples:
   {PROGRAM} doctor
+  {PROGRAM} doctor --plan models/fashion_mnist_with_classifier.uint8.tensorrt-rtx.plan
 
 \b
 Exit codes:
@@ -383,13 +414,22 @@ Exit codes:
     "--checkpoint", "-c", default="fashion_mnist", show_default=True, metavar="NAME|FILE",
     help="The purifier that the engines are tried with.",
 )  # fmt: skip
+@click.option(
+    "--plan", type=_Path(dir_okay=False), metavar="FILE.plan",
+    help="Only compare this engine, from 'export', with float32 on the GPU here. It is native code: trust it first.",
+)  # fmt: skip
 @_debug
 @click.pass_context
-def doctor(context: click.Context, checkpoint: str) -> None:
+def doctor(context: click.Context, checkpoint: str, plan: Path | None) -> None:
     """Say what is installed, what is missing and how to get it, and try every engine."""
     from defense_vae_fast import doctor as work
     from defense_vae_fast.checkpoint import load_checkpoint
 
+    if plan is not None:
+        from defense_vae_fast.export import check_plan
+
+        click.echo(f"{plan}: {check_plan(plan)}")
+        return
     loaded = load_checkpoint(checkpoint)
     console = _console()
     for part in work.parts():
