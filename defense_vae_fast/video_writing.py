@@ -1,0 +1,189 @@
+"""Writing video: encoder, pixel format, clock and copied audio."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import IO, Any
+
+import numpy.typing as npt
+
+from defense_vae_fast.video_reading import Feed, Frame, VideoError, pyav, reason
+
+Array = npt.NDArray[Any]
+
+# Suffix -> FFmpeg's name of the format. All of them keep a time for each frame, which AVI, for one, does not.
+CONTAINERS = {
+    ".mp4": "mp4",
+    ".m4v": "mp4",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "webm",
+    ".ts": "mpegts",
+}
+# A purified image is to survive its encoding: near to lossless where the encoder's own default is not. Without B-frames
+# no frame waits for a later one.
+_FINE: dict[str, dict[str, str]] = {
+    "libx264": {"crf": "14", "preset": "veryfast", "bf": "0"},
+    "libx265": {"crf": "16", "preset": "veryfast", "bf": "0", "x265-params": "log-level=error"},
+    "libvpx-vp9": {"crf": "16", "b": "0", "deadline": "realtime", "cpu-used": "5"},
+    "libsvtav1": {"crf": "20", "preset": "10"},
+    "mpeg4": {"flags": "+qscale", "global_quality": "236"},  # 2 in units of FF_QP2LAMBDA, the finest but one
+    "mjpeg": {"flags": "+qscale", "global_quality": "236"},
+}
+# FFmpeg's number of a YCbCr matrix (AVCOL_SPC) -> its scaler's (SWS_CS); others are taken for BT.601, both ways.
+_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
+_MPEG4_CLOCK = 65535  # largest denominator that the format has room for
+
+
+@contextmanager
+def writing(
+    target: IO[bytes],
+    suffix: str,
+    feed: Feed,
+    size: tuple[int, int],
+    encoder: str | None,
+    options: Mapping[str, str] | None,
+    note: Callable[[str], None],
+) -> Iterator[Writer]:
+    """A writer, whose file is complete when the block is left.
+
+    Args:
+        target: a binary file.
+        suffix: of its name; one of ``CONTAINERS``.
+        feed: the source, of which at least one frame has been read.
+        size: (height, width) of the frames.
+        encoder: FFmpeg's name of one, or None for that of the source's codec.
+        options: for the encoder.
+        note: called with what is not as in the source.
+
+    Raises:
+        VideoError: there is no such encoder, or it does not work.
+    """
+    av = pyav()
+    name = encoder
+    try:
+        with av.open(target, "w", format=CONTAINERS[suffix]) as opened:
+            name, codec = _encoder(av, opened, feed, encoder, note)
+            writer = Writer(opened, codec, feed, size, options, note)
+            yield writer
+            writer.end()
+    except av.error.FFmpegError as error:
+        raise VideoError(
+            f"writing with the encoder {name}: {reason(error)}; another encoder, size or container may do"
+        ) from error
+
+
+class Writer:
+    """A video that is being written."""
+
+    def __init__(
+        self,
+        container: Any,
+        codec: Any,
+        feed: Feed,
+        size: tuple[int, int],
+        options: Mapping[str, str] | None,
+        note: Callable[[str], None],
+    ) -> None:
+        height, width = size
+        self._av = av = pyav()
+        self._container = container
+        chosen = {**_FINE.get(codec.name, {}), **(options or {})}
+        self._video = container.add_stream(codec.name, rate=feed.rate, options=chosen)
+        context = self._video.codec_context
+        self._video.width, self._video.height = width, height
+        self._video.pix_fmt = self._format = _pixel_format(codec, feed.source_format, size)
+        if "420" not in self._format and "420" in feed.source_format and (height % 2 or width % 2):
+            note(f"{width}x{height} pixels do not halve: written as {self._format}, which some players lack")
+        context.time_base = _clock(codec.name, feed.time_base)
+        if ratio := feed.video.sample_aspect_ratio:
+            context.sample_aspect_ratio = 1 / ratio if feed.turned % 180 else ratio
+        colours = int(feed.video.codec_context.colorspace)
+        self._matrix = _MATRICES.get(colours) if self._format.startswith("yuv") else None
+        if self._matrix is not None:
+            context.colorspace = colours
+        self._audio = None
+        if feed.audio is not None:
+            try:
+                self._audio = container.add_stream_from_template(feed.audio)
+            except (ValueError, av.error.FFmpegError):
+                name = feed.audio.codec_context.name
+                note(f"the audio is left out: {container.format.name} takes none in {name}; another suffix may")
+
+    def write(self, pixels: Array, frame: Frame) -> None:
+        """Encode a frame, uint8 (H, W, C)."""
+        grey = pixels.shape[2] == 1
+        picture = self._av.VideoFrame.from_ndarray(
+            pixels[..., 0] if grey else pixels, format="gray" if grey else "rgb24"
+        )
+        if self._format != picture.format.name:
+            limited = self._av.video.reformatter.ColorRange.MPEG if re.match("yuv[^j]|nv", self._format) else None
+            picture = picture.reformat(format=self._format, dst_colorspace=self._matrix, dst_color_range=limited)
+        picture.pts, picture.time_base = frame.pts, frame.time_base
+        for packet in self._video.encode(picture):
+            self._container.mux(packet)
+
+    def copy(self, packets: deque[Any]) -> None:
+        """Write the audio that has been read."""
+        while packets:
+            packet = packets.popleft()
+            if self._audio is not None:
+                packet.stream = self._audio
+                self._container.mux(packet)
+
+    def end(self) -> None:
+        """Write what the encoder still holds."""
+        for packet in self._video.encode():
+            self._container.mux(packet)
+
+
+def _encoder(av: Any, container: Any, feed: Feed, wanted: str | None, note: Callable[[str], None]) -> tuple[str, Any]:
+    """The encoder that was asked for, or the one of the source's codec, or the container's own."""
+    if wanted is not None:
+        try:
+            return wanted, av.Codec(wanted, "w")
+        except av.codec.codec.UnknownCodecError as error:
+            raise VideoError(f"encoder: expected one that this FFmpeg has, got {wanted!r}; leave it out") from error
+    source = feed.video.codec_context.codec.canonical_name
+    own = container.default_video_codec
+    for name in (source, own):
+        try:
+            codec = av.Codec(name, "w")
+        except av.codec.codec.UnknownCodecError:
+            continue
+        if name != own and (name == "rawvideo" or name not in container.supported_codecs):
+            continue
+        if name != source:
+            note(f"the video is written in {name}, since {container.format.name} or the encoders here lack {source}")
+        return codec.name, codec
+    raise VideoError(
+        f"expected an encoder for {source} or {own}, found neither in this FFmpeg; name one with --encoder"
+    )
+
+
+def _pixel_format(codec: Any, source: str, size: tuple[int, int]) -> str:
+    """The source's where the encoder takes it and it has eight bits, or the nearest to it."""
+    known = [each.name for each in codec.video_formats or ()]
+    if codec.name == "mjpeg":  # it knows no other range of levels
+        return "yuvj420p"
+    eight = not re.search(r"(9|10|12|14|16|32|48|64)(le|be)$", source)
+    source = re.sub("^yuvj", "yuv", source)  # levels are written in the range of television
+    wanted = [source] if eight and not source.startswith("yuva") else []
+    wanted += ["yuv420p", "yuv444p", "gbrp", "rgb24", "bgr0"]
+    if codec.name in ("libx264", "libx265") and (size[0] % 2 or size[1] % 2):  # the others pad within the stream
+        wanted = [name for name in wanted if not re.search("42[02]|nv", name)]
+    return next((name for name in wanted if not known or name in known), (known or wanted)[0])
+
+
+def _clock(encoder: str, time_base: Fraction) -> Fraction:
+    """The source's time base, or the finest part of it that the encoder can count in."""
+    if encoder != "mpeg4":
+        return time_base
+    divisor = -(-time_base.denominator // _MPEG4_CLOCK)
+    while time_base.denominator % divisor and divisor < time_base.denominator:
+        divisor += 1
+    return time_base * divisor
