@@ -52,7 +52,7 @@ class Report:
         total: frames that there should be, None where nobody knows.
         score: sum of the regions' scores.
         computing: seconds that purifying a frame took.
-        waiting: seconds from a frame's time to the start of its purifying.
+        waiting: in real time, seconds from when a frame was due to the start of its purifying.
         seconds: from the first frame to the end.
         stopped: whether the run was asked to end early.
         broken: why the source ended before its time, or None.
@@ -158,7 +158,7 @@ def run(
         if boxes is not None:
             boxes.check(height, width)
         work = _work(purifier, boxes, tiles, overlap, resize, (height, width))
-        for text in feed.notes(channels):
+        for text in feed.notes():
             note(text)
         lines = files.enter_context(replacing(scores)) if scores is not None else None
         # Entered last, left first: its trailer is written before the file takes its place.
@@ -175,6 +175,8 @@ def run(
             frame.seconds = time.monotonic() - started
             for settled in feed.settle(frame):
                 _finish(settled, writer, lines, report)
+            if feed.realtime:
+                report.waiting.add(frame.waited)
             writer.copy(feed.packets)
             report.frames, report.seconds = feed.read, time.monotonic() - began
             progress(report)
@@ -247,12 +249,11 @@ def _finish(frame: Frame, writer: Writer, lines: IO[bytes] | None, report: Repor
     else:
         done: Done = frame.done
         writer.write(done.pixels, frame)
-        report.waiting.add(frame.waited, 1)
         if done.regions:
             report.purified += 1
             report.regions += done.regions
             report.score += done.score
-            report.computing.add(frame.seconds, 1)
+            report.computing.add(frame.seconds)
         else:
             report.unchanged += 1
         entries = done.lines
@@ -267,10 +268,10 @@ def check_output(output: Path, source: str, boxes: Path | None, scores: Path | N
         PlanError: a folder is missing, the suffix is not one of ``CONTAINERS``, or a result would replace an input,
             another result or, without ``force``, any file that exists.
     """
-    if output.suffix.lower() not in CONTAINERS:
-        raise PlanError(f"output {output}: expected a name that ends in {', '.join(CONTAINERS)}")
     if output.is_dir():
         raise PlanError(f"output {output}: expected a file name, got a folder; name a file in it with -o")
+    if output.suffix.lower() not in CONTAINERS:
+        raise PlanError(f"output {output}: expected a name that ends in {', '.join(CONTAINERS)}")
     if not output.parent.is_dir():
         raise PlanError(f"{output}: expected an existing folder {output.parent}, found none; make it first")
     inputs = [path for path in (Path(source), boxes) if path is not None and path.is_file()]

@@ -121,14 +121,14 @@ class Feed:
         self._left_out = len(container.streams) - 1 - (self.audio is not None)
         self._container = container
         self._source = source
-        self._channels = channels
+        self.channels = channels
         self._paced = realtime and not live
-        self._blocks = not realtime and not live
-        self._deadline = math.inf if self._blocks else deadline_ms / 1e3
+        self.realtime = realtime or live
+        self._deadline = deadline_ms / 1e3 if self.realtime else math.inf
         self._limit = limit
         self._stop = stop
         self._backlog: Backlog[Frame] = (
-            Backlog(_READ_AHEAD, 1, 0.0, "block") if self._blocks else Backlog(1, 1, 0.0, "latest")
+            Backlog(1, 1, 0.0, "latest") if self.realtime else Backlog(_READ_AHEAD, 1, 0.0, "block")
         )
         self._settled: list[Frame] = []
         self._changed = threading.Condition()
@@ -159,9 +159,9 @@ class Feed:
         # A read from a dead network ends by itself after its timeout, and the container with it.
         self._thread.join(_PATIENCE)
 
-    def notes(self, channels: int) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
         """What is not as in the source."""
-        if channels == 1 and "gray" not in self.source_format:
+        if self.channels == 1 and "gray" not in self.source_format:
             yield "the purifier is for grey images: frames are read as grey, and written so"
         if self.turned:
             yield f"frames are turned upright, by {self.turned % 360} degrees counterclockwise as their metadata say"
@@ -221,6 +221,8 @@ class Feed:
         if self.trouble or self.damaged:
             why = self.trouble or f"{self.damaged} damaged ones"
             return VideoError(f"{self._source}: expected a video, could decode no frame of it: {why}; is it complete?")
+        if self.read:
+            return VideoError(f"{self._source}: all {self.read} frames came after their deadline; nothing is written")
         return VideoError(f"{self._source}: expected a video, got one without a frame")
 
     # The thread that reads
@@ -285,7 +287,7 @@ class Feed:
     def _item(self, frame: Any, number: int, pts: int, base: Fraction) -> Frame:
         if number == 0:
             self.source_format = frame.format.name
-        pixels: Array = frame.to_ndarray(format="gray" if self._channels == 1 else "rgb24")
+        pixels: Array = frame.to_ndarray(format="gray" if self.channels == 1 else "rgb24")
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         if turns := round(frame.rotation / 90) % 4:
             self.turned = 90 * turns
@@ -301,7 +303,7 @@ class Feed:
     def _put(self, item: Frame) -> bool:
         """False when nobody wants it any more."""
         with self._changed:
-            while self._blocks and not self._backlog.has_room(1) and not self._closing.is_set():
+            while not self.realtime and not self._backlog.has_room(1) and not self._closing.is_set():
                 self._changed.wait()
             self.read += 1
             dropped = self._backlog.add(item, None)

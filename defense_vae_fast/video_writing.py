@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy.typing as npt
 
@@ -15,14 +15,25 @@ from defense_vae_fast.video_reading import Feed, Frame, VideoError, pyav, reason
 
 Array = npt.NDArray[Any]
 
-# Suffix -> FFmpeg's name of the format. All of them keep a time for each frame, which AVI, for one, does not.
+
+class Container(NamedTuple):
+    """A format of files."""
+
+    name: str
+    """FFmpeg's."""
+    codecs: tuple[str, ...]
+    """Those that are kept in it; the first is written in place of any other. All of them take frames at any time."""
+
+
+_MP4 = ("h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg")
+# All of these keep a time for each frame, which AVI, for one, does not.
 CONTAINERS = {
-    ".mp4": "mp4",
-    ".m4v": "mp4",
-    ".mov": "mov",
-    ".mkv": "matroska",
-    ".webm": "webm",
-    ".ts": "mpegts",
+    ".mp4": Container("mp4", _MP4),
+    ".m4v": Container("mp4", _MP4),
+    ".mov": Container("mov", _MP4),
+    ".mkv": Container("matroska", (*_MP4, "vp8", "ffv1")),
+    ".webm": Container("webm", ("vp9", "vp8", "av1")),
+    ".ts": Container("mpegts", ("h264", "hevc")),
 }
 # A purified image is to survive its encoding: near to lossless where the encoder's own default is not. Without B-frames
 # no frame waits for a later one.
@@ -36,6 +47,7 @@ _FINE: dict[str, dict[str, str]] = {
 }
 # FFmpeg's number of a YCbCr matrix (AVCOL_SPC) -> its scaler's (SWS_CS); others are taken for BT.601, both ways.
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
+_TELEVISION = 1  # levels of 16 to 235 (AVCOL_RANGE_MPEG)
 _MPEG4_CLOCK = 65535  # largest denominator that the format has room for
 
 
@@ -64,17 +76,25 @@ def writing(
         VideoError: there is no such encoder, or it does not work.
     """
     av = pyav()
-    name = encoder
+    container = CONTAINERS[suffix]
+    codec = _encoder(container, feed.video.codec_context.codec.canonical_name, encoder, note)
+
+    def failure(error: Exception) -> VideoError:
+        return VideoError(
+            f"writing {container.name} with the encoder {codec.name}: {reason(error)}; "
+            "another encoder, option, size or container may do"
+        )
+
     try:
-        with av.open(target, "w", format=CONTAINERS[suffix]) as opened:
-            name, codec = _encoder(av, opened, feed, encoder, note)
-            writer = Writer(opened, codec, feed, size, options, note)
+        with av.open(target, "w", format=container.name) as opened:
+            try:
+                writer = Writer(opened, codec, feed, size, options, note)
+            except ValueError as error:  # PyAV's for a codec that the container does not take
+                raise failure(error) from error
             yield writer
             writer.end()
     except av.error.FFmpegError as error:
-        raise VideoError(
-            f"writing with the encoder {name}: {reason(error)}; another encoder, size or container may do"
-        ) from error
+        raise failure(error) from error
 
 
 class Writer:
@@ -90,13 +110,14 @@ class Writer:
         note: Callable[[str], None],
     ) -> None:
         height, width = size
-        self._av = av = pyav()
+        av = pyav()
+        self._new_frame = av.VideoFrame.from_ndarray
         self._container = container
         chosen = {**_FINE.get(codec.name, {}), **(options or {})}
         self._video = container.add_stream(codec.name, rate=feed.rate, options=chosen)
         context = self._video.codec_context
         self._video.width, self._video.height = width, height
-        self._video.pix_fmt = self._format = _pixel_format(codec, feed.source_format, size)
+        self._video.pix_fmt = self._format = _pixel_format(codec, feed.source_format, feed.channels, size)
         if "420" not in self._format and "420" in feed.source_format and (height % 2 or width % 2):
             note(f"{width}x{height} pixels do not halve: written as {self._format}, which some players lack")
         context.time_base = _clock(codec.name, feed.time_base)
@@ -117,11 +138,9 @@ class Writer:
     def write(self, pixels: Array, frame: Frame) -> None:
         """Encode a frame, uint8 (H, W, C)."""
         grey = pixels.shape[2] == 1
-        picture = self._av.VideoFrame.from_ndarray(
-            pixels[..., 0] if grey else pixels, format="gray" if grey else "rgb24"
-        )
+        picture = self._new_frame(pixels[..., 0] if grey else pixels, format="gray" if grey else "rgb24")
         if self._format != picture.format.name:
-            limited = self._av.video.reformatter.ColorRange.MPEG if re.match("yuv[^j]|nv", self._format) else None
+            limited = _TELEVISION if re.match("yuv[^j]|nv", self._format) else None
             picture = picture.reformat(format=self._format, dst_colorspace=self._matrix, dst_color_range=limited)
         picture.pts, picture.time_base = frame.pts, frame.time_base
         for packet in self._video.encode(picture):
@@ -141,38 +160,32 @@ class Writer:
             self._container.mux(packet)
 
 
-def _encoder(av: Any, container: Any, feed: Feed, wanted: str | None, note: Callable[[str], None]) -> tuple[str, Any]:
-    """The encoder that was asked for, or the one of the source's codec, or the container's own."""
-    if wanted is not None:
-        try:
-            return wanted, av.Codec(wanted, "w")
-        except av.codec.codec.UnknownCodecError as error:
-            raise VideoError(f"encoder: expected one that this FFmpeg has, got {wanted!r}; leave it out") from error
-    source = feed.video.codec_context.codec.canonical_name
-    own = container.default_video_codec
-    for name in (source, own):
+def _encoder(container: Container, source: str, wanted: str | None, note: Callable[[str], None]) -> Any:
+    """The encoder that was asked for, or one of the source's codec, or of the container's first."""
+    av = pyav()
+    kept = [source] if source in container.codecs else []
+    for name in [wanted] if wanted is not None else [*kept, container.codecs[0]]:
         try:
             codec = av.Codec(name, "w")
         except av.codec.codec.UnknownCodecError:
             continue
-        if name != own and (name == "rawvideo" or name not in container.supported_codecs):
-            continue
-        if name != source:
-            note(f"the video is written in {name}, since {container.format.name} or the encoders here lack {source}")
-        return codec.name, codec
-    raise VideoError(
-        f"expected an encoder for {source} or {own}, found neither in this FFmpeg; name one with --encoder"
-    )
+        if codec.type != "video":
+            raise VideoError(f"encoder: expected one of video, got {name!r}, of {codec.type}; leave it out")
+        if wanted is None and name != source:
+            note(f"the video is written in {name}, not in {source}, which {container.name} files or encoders here lack")
+        return codec
+    raise VideoError(f"encoder: expected one that this FFmpeg has, got {wanted or source!r}; name one with --encoder")
 
 
-def _pixel_format(codec: Any, source: str, size: tuple[int, int]) -> str:
+def _pixel_format(codec: Any, source: str, channels: int, size: tuple[int, int]) -> str:
     """The source's where the encoder takes it and it has eight bits, or the nearest to it."""
     known = [each.name for each in codec.video_formats or ()]
     if codec.name == "mjpeg":  # it knows no other range of levels
         return "yuvj420p"
     eight = not re.search(r"(9|10|12|14|16|32|48|64)(le|be)$", source)
     source = re.sub("^yuvj", "yuv", source)  # levels are written in the range of television
-    wanted = [source] if eight and not source.startswith("yuva") else []
+    colours_fit = channels == 1 or "gray" not in source
+    wanted = [source] if eight and colours_fit and not source.startswith("yuva") else []
     wanted += ["yuv420p", "yuv444p", "gbrp", "rgb24", "bgr0"]
     if codec.name in ("libx264", "libx265") and (size[0] % 2 or size[1] % 2):  # the others pad within the stream
         wanted = [name for name in wanted if not re.search("42[02]|nv", name)]
