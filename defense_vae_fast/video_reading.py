@@ -111,7 +111,10 @@ class Feed:
         limit: int | None,
         stop: threading.Event,
     ) -> None:
-        self.video = container.streams.video[0]
+        # Only the thread touches the stream once it runs; what others want of it is taken now or with the first frame.
+        self._video = video = container.streams.video[0]
+        self.codec: str = video.codec_context.codec.canonical_name
+        self.aspect_ratio: Fraction | None = video.sample_aspect_ratio
         self.live = live
         audio = container.streams.audio
         self.audio = audio[0] if audio and not live else None
@@ -137,15 +140,17 @@ class Feed:
         self._failed: BaseException | None = None
         self._shape: tuple[int, ...] | None = None
         self.source_format = ""
+        self.matrix = 0
+        """FFmpeg's number of the YCbCr matrix."""
         self.turned = 0
         """Degrees counterclockwise."""
-        rate = self.video.average_rate or self.video.guessed_rate or self.video.base_rate or 30
+        rate = video.average_rate or video.guessed_rate or video.base_rate or 30
         self.rate = Fraction(rate)
-        self.time_base = Fraction(self.video.time_base or 1 / self.rate)
+        self.time_base = Fraction(self._video.time_base or 1 / self.rate)
         duration = float(container.duration or 0) / 1e6
-        count = self.video.frames or round(duration * float(self.rate))
+        count = self._video.frames or round(duration * float(self.rate))
         self.total = None if live or not count else min(count, limit or count)
-        self.video.thread_type = "SLICE" if self.live else "AUTO"  # whole frames side by side come late
+        self._video.thread_type = "SLICE" if self.live else "AUTO"  # whole frames side by side come late
         self._thread = threading.Thread(target=self._read, name="defense_vae_fast-video", daemon=True)
 
     def __enter__(self) -> Feed:
@@ -156,8 +161,9 @@ class Feed:
         self._closing.set()
         with self._changed:
             self._changed.notify_all()
-        # A read from a dead network ends by itself after its timeout, and the container with it.
         self._thread.join(_PATIENCE)
+        if not self._thread.is_alive():  # one that waits for a dead network keeps what it reads from
+            self._container.close()
 
     def notes(self) -> Iterator[str]:
         """What is not as in the source."""
@@ -229,8 +235,7 @@ class Feed:
 
     def _read(self) -> None:
         try:
-            with self._container:
-                self._read_packets()
+            self._read_packets()
         except BaseException as error:  # it is the other thread's to tell
             self._failed = error
         finally:
@@ -240,10 +245,9 @@ class Feed:
 
     def _read_packets(self) -> None:
         av = pyav()
-        streams = [self.video] if self.audio is None else [self.video, self.audio]
+        streams = [self._video] if self.audio is None else [self._video, self.audio]
         packets = self._container.demux(*streams)
-        number, last, start = 0, None, time.monotonic()
-        first: int | None = None
+        number, times, start = 0, _Times(self.rate, self.live), time.monotonic()
         while not self._closing.is_set():
             try:
                 packet = next(packets, None)
@@ -268,16 +272,10 @@ class Feed:
                     self.damaged += 1
                     continue
                 base = Fraction(frame.time_base or self.time_base)
-                pts = round(number / self.rate / base) if frame.pts is None else frame.pts
-                first = pts if first is None else first
-                if self.live:
-                    pts -= first  # a camera counts from its start, or from 1970
-                if last is not None and pts <= last:  # damaged sources; an encoder takes rising times alone
-                    pts = last + 1
-                last = pts
+                pts = times.next(frame.pts, base)
                 item = self._item(frame, number, pts, base)
                 if self._paced:
-                    item.since = start + float((pts - first) * base)
+                    item.since = start + float((pts - times.first) * base)
                     if self._closing.wait(max(0.0, item.since - time.monotonic())):
                         return
                 number += 1
@@ -286,7 +284,7 @@ class Feed:
 
     def _item(self, frame: Any, number: int, pts: int, base: Fraction) -> Frame:
         if number == 0:
-            self.source_format = frame.format.name
+            self.source_format, self.matrix = frame.format.name, int(frame.colorspace)
         pixels: Array = frame.to_ndarray(format="gray" if self.channels == 1 else "rgb24")
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         if turns := round(frame.rotation / 90) % 4:
@@ -312,6 +310,36 @@ class Feed:
             self._settled += self._backlog.settle(dropped)
             self._changed.notify_all()
             return not self._closing.is_set()
+
+
+class _Times:
+    """Rising times of a source's frames, in units of its time base.
+
+    Frames without a time follow at ``rate``; ``from_zero`` counts from the first frame, since a camera counts
+    from its start, or from 1970.
+    """
+
+    def __init__(self, rate: Fraction, from_zero: bool) -> None:
+        self.first = 0
+        self._rate = rate
+        self._last: int | None = None
+        self._shift: int | None = None if from_zero else 0
+
+    def next(self, pts: int | None, base: Fraction) -> int:
+        """The time of the next frame, whose own is ``pts``."""
+        following = 0 if self._last is None else self._last + max(1, round(1 / self._rate / base))
+        if pts is None:
+            pts = following
+        else:
+            if self._shift is None:
+                self._shift = pts - following
+            pts -= self._shift
+        if self._last is None:
+            self.first = pts
+        elif pts <= self._last:  # damaged sources; an encoder takes rising times alone
+            pts = self._last + 1
+        self._last = pts
+        return pts
 
 
 def open_source(source: str, input_format: str | None, options: Mapping[str, str] | None) -> Any:

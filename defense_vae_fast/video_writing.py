@@ -77,7 +77,7 @@ def writing(
     """
     av = pyav()
     container = CONTAINERS[suffix]
-    codec = _encoder(container, feed.video.codec_context.codec.canonical_name, encoder, note)
+    codec = _encoder(container, feed.codec, encoder, note)
 
     def failure(error: Exception) -> VideoError:
         return VideoError(
@@ -121,12 +121,11 @@ class Writer:
         if "420" not in self._format and "420" in feed.source_format and (height % 2 or width % 2):
             note(f"{width}x{height} pixels do not halve: written as {self._format}, which some players lack")
         context.time_base = _clock(codec.name, feed.time_base)
-        if ratio := feed.video.sample_aspect_ratio:
+        if ratio := feed.aspect_ratio:
             context.sample_aspect_ratio = 1 / ratio if feed.turned % 180 else ratio
-        colours = int(feed.video.codec_context.colorspace)
-        self._matrix = _MATRICES.get(colours) if self._format.startswith("yuv") else None
+        self._matrix = _MATRICES.get(feed.matrix) if self._format.startswith("yuv") else None
         if self._matrix is not None:
-            context.colorspace = colours
+            context.colorspace = feed.matrix
         self._audio = None
         if feed.audio is not None:
             try:
