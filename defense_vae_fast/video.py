@@ -144,9 +144,10 @@ def run(
         raise ValueError(f"expected a purifier of 1 or 3 channels for video, got one of {channels}; train such a one")
     stop = stop or threading.Event()
     report = Report()
-    purifier.warmup()
+    opened = open_source(source, input_format, input_options)
+    purifier.warmup()  # or the first frames of a camera would come too late
     feed = Feed(
-        open_source(source, input_format, input_options), source, channels,
+        opened, source, channels,
         live=is_live(source, input_format), realtime=realtime, deadline_ms=deadline_ms, limit=limit, stop=stop,
     )  # fmt: skip
     with feed, ExitStack() as files:

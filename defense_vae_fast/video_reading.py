@@ -18,6 +18,9 @@ from defense_vae_fast.backlog import Backlog, Item
 
 Array = npt.NDArray[Any]
 
+# FFmpeg's number of a YCbCr matrix (AVCOL_SPC) -> its scaler's (SWS_CS); others are taken for BT.601, both ways.
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
+_BT601 = 5
 _LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "udp")
 _CAMERA_FORMATS = ("v4l2", "video4linux2", "avfoundation", "dshow")
 _TIMEOUT = 10.0  # seconds without a byte from the network
@@ -285,7 +288,10 @@ class Feed:
     def _item(self, frame: Any, number: int, pts: int, base: Fraction) -> Frame:
         if number == 0:
             self.source_format, self.matrix = frame.format.name, int(frame.colorspace)
-        pixels: Array = frame.to_ndarray(format="gray" if self.channels == 1 else "rgb24")
+        # PyAV before 18 looks at the source's matrix only where one is named for the result, which RGB has none of.
+        matrix = MATRICES.get(int(frame.colorspace), _BT601)
+        layout = "gray" if self.channels == 1 else "rgb24"
+        pixels: Array = frame.to_ndarray(format=layout, src_colorspace=matrix, dst_colorspace=_BT601)
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         if turns := round(frame.rotation / 90) % 4:
             self.turned = 90 * turns

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy.typing as npt
 
-from defense_vae_fast.video_reading import Feed, Frame, VideoError, pyav, reason
+from defense_vae_fast.video_reading import MATRICES, Feed, Frame, VideoError, pyav, reason
 
 Array = npt.NDArray[Any]
 
@@ -45,8 +45,6 @@ _FINE: dict[str, dict[str, str]] = {
     "mpeg4": {"flags": "+qscale", "global_quality": "236"},  # 2 in units of FF_QP2LAMBDA, the finest but one
     "mjpeg": {"flags": "+qscale", "global_quality": "236"},
 }
-# FFmpeg's number of a YCbCr matrix (AVCOL_SPC) -> its scaler's (SWS_CS); others are taken for BT.601, both ways.
-_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 _TELEVISION = 1  # levels of 16 to 235 (AVCOL_RANGE_MPEG)
 _MPEG4_CLOCK = 65535  # largest denominator that the format has room for
 
@@ -123,7 +121,7 @@ class Writer:
         context.time_base = _clock(codec.name, feed.time_base)
         if ratio := feed.aspect_ratio:
             context.sample_aspect_ratio = 1 / ratio if feed.turned % 180 else ratio
-        self._matrix = _MATRICES.get(feed.matrix) if self._format.startswith("yuv") else None
+        self._matrix = MATRICES.get(feed.matrix) if self._format.startswith("yuv") else None
         if self._matrix is not None:
             context.colorspace = feed.matrix
         self._audio = None

@@ -89,7 +89,9 @@ def decode(path: Path, format: str = "gray") -> tuple[Array, list[float]]:
     """All frames, and their times in seconds."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-        return np.stack([frame.to_ndarray(format=format) for frame in frames]), [frame.time for frame in frames]
+        matrix = 1 if frames[0].colorspace == 1 else 5
+        arrays = [frame.to_ndarray(format=format, src_colorspace=matrix, dst_colorspace=5) for frame in frames]
+        return np.stack(arrays), [frame.time for frame in frames]
 
 
 def stream_of(path: Path) -> Any:
