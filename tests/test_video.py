@@ -518,6 +518,28 @@ def test_a_url_that_is_a_file(tmp_path: Path, grey: Purifier) -> None:
         server.shutdown()
 
 
+def test_a_source_that_breaks_off(tmp_path: Path, checkpoint_path: Path) -> None:
+    """A server that hangs up in the middle: what came by then is kept, and the exit code says that it is not all."""
+    whole = encode(tmp_path / "in.ts", noise(40)).read_bytes()
+
+    class HangsUp(_Quiet):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(whole[: len(whole) * 2 // 3])
+            self.close_connection = True
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = f"http://127.0.0.1:{server.server_port}/in.ts"
+        result = command(source, "-o", tmp_path / "out.mp4", "-c", checkpoint_path)
+        server.shutdown()
+    assert result.exit_code == 1, result.output
+    assert "reading ended before its time" in result.stderr
+    assert 10 < len(decode(tmp_path / "out.mp4")[1]) < 40
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
