@@ -54,6 +54,7 @@ class Report:
         computing: seconds that purifying a frame took.
         waiting: in real time, seconds from when a frame was due to the start of its purifying.
         seconds: from the first frame to the end.
+        live: whether the source came at its own pace.
         stopped: whether the run was asked to end early.
         broken: why the source ended before its time, or None.
     """
@@ -68,6 +69,7 @@ class Report:
     computing: Histogram = field(default_factory=Histogram)
     waiting: Histogram = field(default_factory=Histogram)
     seconds: float = 0.0
+    live: bool = False
     stopped: bool = False
     broken: str | None = None
 
@@ -151,7 +153,7 @@ def run(
         live=is_live(source, input_format), realtime=realtime, deadline_ms=deadline_ms, limit=limit, stop=stop,
     )  # fmt: skip
     with feed, ExitStack() as files:
-        report.total = feed.total
+        report.total, report.live = feed.total, feed.live
         first = feed.next()
         if first is None:
             raise feed.nothing()

@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 _BT601 = 5
 _LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "udp")
+_CAMERAS = "/dev/video"
 _CAMERA_FORMATS = ("v4l2", "video4linux2", "avfoundation", "dshow")
 _TIMEOUT = 10.0  # seconds without a byte from the network
 _PATIENCE = 2.0  # seconds that the reader may take to notice the end
@@ -276,6 +277,8 @@ class Feed:
                 base = Fraction(frame.time_base or self.time_base)
                 pts = times.next(frame.pts, base)
                 item = self._item(frame, number, pts, base)
+                if item is None:
+                    return
                 if self._paced:
                     item.since = start + float((pts - times.first) * base)
                     if self._closing.wait(max(0.0, item.since - time.monotonic())):
@@ -284,13 +287,17 @@ class Feed:
                 if not self._put(item):
                     return
 
-    def _item(self, frame: Any, number: int, pts: int, base: Fraction) -> Frame:
+    def _item(self, frame: Any, number: int, pts: int, base: Fraction) -> Frame | None:
+        """The upright frame; None, with the trouble noted, when it has another size than those before."""
         if number == 0:
             self.source_format, self.matrix = frame.format.name, int(frame.colorspace)
-        # PyAV before 18 looks at the source's matrix only where one is named for the result, which RGB has none of.
-        matrix = MATRICES.get(int(frame.colorspace), _BT601)
-        layout = "gray" if self.channels == 1 else "rgb24"
-        pixels: Array = frame.to_ndarray(format=layout, src_colorspace=matrix, dst_colorspace=_BT601)
+        pixels: Array
+        if self.channels == 1:
+            pixels = frame.to_ndarray(format="gray")
+        else:
+            # PyAV before 18 looks at the source's matrix only where one is named for the result, which RGB has none of.
+            matrix = MATRICES.get(int(frame.colorspace), _BT601)
+            pixels = frame.to_ndarray(format="rgb24", src_colorspace=matrix, dst_colorspace=_BT601)
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         if turns := round(frame.rotation / 90) % 4:
             self.turned = 90 * turns
@@ -298,9 +305,8 @@ class Feed:
         self._shape = self._shape or pixels.shape
         if pixels.shape != self._shape:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (self._shape, pixels.shape)]
-            raise VideoError(
-                f"{self._source}: frame {number}: expected {sizes[0]} pixels as before, got {sizes[1]}; cut it there"
-            )
+            self.trouble = f"frame {number}: expected {sizes[0]} pixels as before, got {sizes[1]}"
+            return None
         return Frame(pixels, number, pts, base, time.monotonic(), self._deadline)
 
     def _put(self, item: Frame) -> bool:
@@ -355,9 +361,9 @@ def open_source(source: str, input_format: str | None, options: Mapping[str, str
         ImportError: PyAV is not installed.
     """
     av = pyav()
-    camera = source.startswith("/dev/")
+    camera = source.startswith(_CAMERAS)
     local = "://" not in source and not camera and input_format is None
-    if local and not Path(source).is_file():
+    if local and (Path(source).is_dir() or not Path(source).exists()):
         found = "a folder" if Path(source).is_dir() else "none"
         raise VideoError(f"{source}: expected a video file, a camera or a URL, found {found}")
     form = input_format or ("v4l2" if camera else None)
@@ -373,5 +379,5 @@ def open_source(source: str, input_format: str | None, options: Mapping[str, str
 
 def is_live(source: str, input_format: str | None) -> bool:
     """Whether a source comes at its own pace: a camera, or a stream that is not fetched like a file."""
-    device = source.startswith("/dev/") or input_format in _CAMERA_FORMATS
+    device = source.startswith(_CAMERAS) or input_format in _CAMERA_FORMATS
     return device or (source.partition("://")[0].lower() in _LIVE_SCHEMES and "://" in source)

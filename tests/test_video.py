@@ -27,6 +27,7 @@ from conftest import random_checkpoint
 from defense_vae_fast import Purifier, VAEConfig, cli, demo, video
 from defense_vae_fast.boxes_file import Boxes, BoxesError
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, save_checkpoint
+from defense_vae_fast.regions import Tiles
 from defense_vae_fast.video_reading import VideoError, is_live
 
 Array = np.ndarray[Any, Any]
@@ -90,7 +91,8 @@ def decode(path: Path, format: str = "gray") -> tuple[Array, list[float]]:
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         matrix = 1 if frames[0].colorspace == 1 else 5
-        arrays = [frame.to_ndarray(format=format, src_colorspace=matrix, dst_colorspace=5) for frame in frames]
+        named = {} if format == "gray" else {"src_colorspace": matrix, "dst_colorspace": 5}
+        arrays = [frame.to_ndarray(format=format, **named) for frame in frames]
         return np.stack(arrays), [frame.time for frame in frames]
 
 
@@ -261,6 +263,22 @@ def test_a_colour_video_through_yuv(tmp_path: Path, colour: Purifier) -> None:
     given, written = decode(source, "rgb24")[0], decode(out, "rgb24")[0]
     for frame, result in zip(given, written, strict=True):
         assert np.abs(colour.tiles(frame).frame.astype(float) - result).mean() < 2.5
+
+
+@pytest.mark.parametrize("matrix", ["bt709", "smpte170m"])
+def test_luma_is_stretched_to_all_levels(tmp_path: Path, grey: Purifier, matrix: str, monkeypatch: Any) -> None:
+    """Black and white of television are 16 and 235; the purifier was trained on 0 and 255."""
+    frame = np.zeros((28, 28, 3), np.uint8)
+    frame[:, 14:] = 255
+    source = encode(tmp_path / "in.mp4", [frame] * 2, options={"crf": "1", "x264-params": f"colormatrix={matrix}"})
+    seen: list[Array] = []
+    monkeypatch.setattr(
+        Purifier, "tiles", lambda self, frame, overlap: seen.append(frame) or Tiles(frame, np.zeros((1, 1)))
+    )
+    video.run(grey, str(source), tmp_path / "out.mp4")
+    assert seen[0].shape == (28, 28, 1)
+    assert np.abs(seen[0][..., 0].astype(int) - frame[..., 0]).max() <= 2
+    assert np.abs(decode(tmp_path / "out.mp4")[0][0].astype(int) - frame[..., 0]).max() <= 6
 
 
 def test_a_grey_video_for_a_colour_purifier(tmp_path: Path, colour: Purifier) -> None:
@@ -656,6 +674,15 @@ def test_a_video_that_ends_too_soon(tmp_path: Path, checkpoint_path: Path) -> No
     result = command(source, "-o", tmp_path / "out.mp4", "-c", checkpoint_path)
     assert result.exit_code in (0, 1), result.output
     assert 5 < len(decode(tmp_path / "out.mp4")[1]) < 30
+
+
+def test_a_video_that_changes_its_size(tmp_path: Path, checkpoint_path: Path) -> None:
+    parts = [encode(tmp_path / f"{side}.ts", noise(6, side, side)).read_bytes() for side in (28, 56)]
+    (tmp_path / "in.ts").write_bytes(b"".join(parts))
+    result = command(tmp_path / "in.ts", "-o", tmp_path / "out.mp4", "-c", checkpoint_path)
+    assert result.exit_code == 1, result.output
+    assert "expected 28x28 pixels as before, got 56x56" in result.stderr
+    assert 4 <= len(decode(tmp_path / "out.mp4")[1]) <= 6
 
 
 # Errors: one line each
