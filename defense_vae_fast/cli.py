@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from defense_vae_fast.files import Job
     from defense_vae_fast.purifier import Purifier
     from defense_vae_fast.purify import Report
+    from defense_vae_fast.regions import Method
+    from defense_vae_fast.video import Report as VideoReport
 
 PROGRAM = "defense-vae-fast"
 EXIT_SOME_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -78,6 +83,24 @@ class _Path(click.Path):
         if value == "":
             self.fail("expected a path, got an empty one; is a shell variable unset?", param, ctx)
         return super().convert(value, param, ctx)
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> list[float] | None:
+    """Numbers with commas between them."""
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"expected numbers with commas between them, such as 0.5,0.5,0.5, got {text!r}", context, parameter
+        ) from None
+
+
+def _pairs(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> dict[str, str]:
+    """KEY=VALUE words as a dictionary."""
+    for word in words:
+        if not word.partition("=")[0] or "=" not in word:
+            raise click.BadParameter(f"expected KEY=VALUE, got {word!r}", context, parameter)
+    return dict(word.split("=", 1) for word in words)
 
 
 def _print_any_name() -> None:
@@ -275,6 +298,198 @@ def purify(
 
 
 @main.command(
+    short_help="Purify a video, a camera or a network stream.",
+    epilog=f"""\b
+Examples:
+  {PROGRAM} video street.mp4 -o clean.mp4 --boxes detections.jsonl
+  {PROGRAM} video street.mp4 -o clean.mp4 --tiles --scores scores.jsonl
+  {PROGRAM} video /dev/video0 -o door.mkv --tiles --input-option video_size=640x480
+  {PROGRAM} video rtsp://camera/stream -o yard.mkv --tiles --input-option rtsp_transport=tcp
+
+\b
+Exit codes:
+  0    the whole video was purified
+  1    some of it could not be read; the rest was purified and written
+  2    wrong usage, or nothing could be done
+  130  stopped by Ctrl-C or SIGTERM; what was purified by then was written""",
+)
+@click.argument("source", metavar="IN")
+@click.option("--output", "-o", required=True, type=_Path(), metavar="FILE", help="The video to write.")
+@click.option(
+    "--boxes", type=_Path(dir_okay=False), metavar="FILE.jsonl",
+    help='What to purify: lines {"frame": n, "boxes": [[left, top, right, bottom], ...]}, n from 0; a line without '
+    '"frame" is for all frames that have none.',
+)  # fmt: skip
+@click.option("--tiles", is_flag=True, help="Purify whole frames, in tiles of the purifier's size.")
+@click.option("--overlap", type=click.IntRange(0), metavar="PIXELS", help="Of tiles; a quarter of one by default.")
+@click.option(
+    "--resize", type=click.Choice(["area", "bilinear"]), default="area", show_default=True, help="Of boxes.",
+)  # fmt: skip
+@click.option(
+    "--realtime", is_flag=True,
+    help="Take frames at the pace of their times and drop late ones, as with a camera; live sources always are.",
+)  # fmt: skip
+@click.option(
+    "--deadline-ms", type=click.FloatRange(0, min_open=True), default=1000.0, show_default=True, metavar="MS",
+    help="In real time, drop a frame that is so late.",
+)  # fmt: skip
+@click.option("--frames", type=click.IntRange(1), metavar="N", help="Stop after so many frames.")
+@click.option(
+    "--scores", type=_Path(dir_okay=False), metavar="FILE.jsonl",
+    help="Also write how much each box or frame changed, and which frames were dropped, as JSON lines.",
+)  # fmt: skip
+@click.option(
+    "--checkpoint", "-c", default="fashion_mnist", show_default=True, metavar="NAME|FILE",
+    help="A shipped purifier by name, or a .safetensors file.",
+)  # fmt: skip
+@_engine
+@click.option(
+    "--precision", default="auto", show_default=True, metavar="NAME",
+    help="Arithmetic of the engine, for example fp32 or bf16.",
+)  # fmt: skip
+@click.option("--encoder", metavar="NAME", help="FFmpeg's name of one; that of the source's codec by default.")
+@click.option(
+    "--encoder-option", "encoder_options", multiple=True, metavar="KEY=VALUE", callback=_pairs,
+    help="For the encoder, such as crf=23; may be repeated.",
+)  # fmt: skip
+@click.option("--input-format", metavar="NAME", help="FFmpeg's name of the source's format, if it must be told.")
+@click.option(
+    "--input-option", "input_options", multiple=True, metavar="KEY=VALUE", callback=_pairs,
+    help="For reading, such as framerate=30; may be repeated.",
+)  # fmt: skip
+@click.option("--force", "-f", is_flag=True, help="Overwrite results that exist already; inputs are never overwritten.")
+@_debug
+@click.pass_context
+def video(
+    context: click.Context,
+    source: str,
+    output: Path,
+    boxes: Path | None,
+    tiles: bool,
+    overlap: int | None,
+    resize: Method,
+    realtime: bool,
+    deadline_ms: float,
+    frames: int | None,
+    scores: Path | None,
+    checkpoint: str,
+    engine: str,
+    precision: str,
+    encoder: str | None,
+    encoder_options: dict[str, str],
+    input_format: str | None,
+    input_options: dict[str, str],
+    force: bool,
+) -> None:
+    """Purify a video and write it with the times of its frames.
+
+    IN is a file, a camera (/dev/video0), or a URL (rtsp, http and what else FFmpeg opens). The suffix of FILE says its
+    format: .mp4, .m4v, .mov, .mkv, .webm or .ts. The codec stays, where that format takes it; the first audio stream
+    of a file is copied. Needs the extra "video".
+
+    A purifier of grey images reads frames as grey, and the result is grey: no colour comes through unpurified. Frames
+    are turned upright where their metadata say so, and boxes are in pixels of the upright frame.
+
+    Ctrl-C ends the reading, finishes FILE with what has been purified, and exits with 130; a second one leaves no FILE.
+    """
+    from defense_vae_fast import video as work
+    from defense_vae_fast.boxes_file import Boxes
+    from defense_vae_fast.files import PlanError
+
+    if boxes is not None and tiles:
+        raise click.UsageError("expected --boxes or --tiles, got both", context)
+    if overlap is not None and not tiles:
+        raise click.UsageError("--overlap: expected with --tiles alone, got it without", context)
+    try:
+        work.check_output(output, source, boxes, scores, force=force)
+    except PlanError as error:
+        raise click.ClickException(str(error)) from error
+    read = None if boxes is None else Boxes(boxes)
+
+    from defense_vae_fast.purifier import Purifier
+
+    with (
+        Purifier.from_pretrained(checkpoint, engine=engine, precision=precision) as purifier,
+        _stopping() as stop,
+        _video_progress() as progress,
+    ):
+        report = work.run(
+            purifier, source, output,
+            boxes=read, tiles=tiles, overlap=overlap, resize=resize, realtime=realtime, deadline_ms=deadline_ms,
+            limit=frames, encoder=encoder, encoder_options=encoder_options, input_format=input_format,
+            input_options=input_options, scores=scores, note=_say, progress=progress, stop=stop,
+        )  # fmt: skip
+    _print_video(output, report)
+    if report.broken:
+        _say(f"{source}: reading ended before its time: {report.broken}")
+    if report.stopped:
+        click.echo("interrupted", err=True)
+        context.exit(EXIT_INTERRUPTED)
+    # Whoever joins a stream under way, or listens to one over the air, misses a few.
+    if report.broken or ("damaged" in report.dropped and not report.live):
+        context.exit(EXIT_SOME_FAILED)
+
+
+def _print_video(output: Path, report: VideoReport) -> None:
+    causes = ", ".join(f"{count:,} {cause}" for cause, count in sorted(report.dropped.items()))
+    dropped = sum(report.dropped.values())
+    click.echo(
+        f"{output}: {_count(report.frames, 'frame')} in, {report.purified:,} purified, "
+        f"{report.unchanged:,} without a box, {dropped:,} dropped" + (f" ({causes})" if causes else "")
+    )
+    rate = (report.purified + report.unchanged) / report.seconds if report.seconds else 0.0
+    line = f"{report.seconds:.1f} s, {rate:.1f} frames/s"
+    for name, times in (("waiting", report.waiting), ("purifying", report.computing)):
+        p50, p99 = times.percentile(50), times.percentile(99)
+        if p50 is not None and p99 is not None:
+            line += f"; {name} p50 {1e3 * p50:.2f} ms, p99 {1e3 * p99:.2f} ms a frame"
+    click.echo(line)
+    if report.mean_score is not None:
+        click.echo(f"mean score {report.mean_score:.4f} over {_count(report.regions, 'region')}")
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts."""
+    stop = threading.Event()
+
+    def handle(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _video_progress() -> Iterator[Callable[[VideoReport], None]]:
+    """A bar on a terminal, with frames/s."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = _console(stderr=True)
+    columns = (
+        BarColumn(), TextColumn("{task.fields[counts]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None, counts="")
+
+        def show(report: VideoReport) -> None:
+            done = report.purified + report.unchanged
+            dropped = sum(report.dropped.values())
+            counts = f"{done}{'' if report.total is None else f'/{report.total}'} frames"
+            counts += f", {dropped} dropped" if dropped else ""
+            counts += f", {done / max(report.seconds, 1e-9):.1f} frames/s"
+            bar.update(task, total=report.total, completed=done + dropped, counts=counts)
+
+        yield show
+
+
+@main.command(
     epilog=f"""\b
 Examples:
   {PROGRAM} info"""
@@ -313,7 +528,8 @@ def info() -> None:
 Examples:
   {PROGRAM} export fashion_mnist --format onnx -o models/
   {PROGRAM} export mine.safetensors --format tensorrt-rtx -o models/     # no GPU needed
-  {PROGRAM} export fashion_mnist --format tensorrt --lean -o models/     # on the GPU that it is for"""
+  {PROGRAM} export fashion_mnist --format tensorrt --lean -o models/     # on the GPU that it is for
+  {PROGRAM} export fashion_mnist --format onnx --with classifier.onnx --mean 0.5 --std 0.25 -o models/"""
 )
 @click.argument("checkpoint", metavar="NAME|FILE")
 @click.option(
@@ -339,6 +555,17 @@ Examples:
     "--compute-capability", "capabilities", multiple=True, metavar="X.Y",
     help="GPUs that a tensorrt-rtx engine is for, such as 8.9; may be repeated; all that it knows by default.",
 )  # fmt: skip
+@click.option(
+    "--with", "classifier", type=_Path(dir_okay=False), metavar="FILE.onnx",
+    help="Your classifier, joined behind the purifier: images -> purified, score, logits.",
+)  # fmt: skip
+@click.option(
+    "--mean", callback=_numbers, metavar="X[,X...]",
+    help="With --with: what the classifier wants subtracted from pixels in [0, 1], one number a channel.",
+)  # fmt: skip
+@click.option(
+    "--std", callback=_numbers, metavar="X[,X...]", help="With --with: what it wants them divided by afterwards.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace files that exist already.")
 @_debug
 def export(
@@ -350,12 +577,19 @@ def export(
     max_batch: int,
     lean: bool,
     capabilities: tuple[str, ...],
+    classifier: Path | None,
+    mean: list[float] | None,
+    std: list[float] | None,
     force: bool,
 ) -> None:
-    """Write a purifier for another program or another machine.
+    """Write a purifier for another program or another machine, alone or joined with your classifier.
 
     A TensorRT engine is three files: the .plan that TensorRT reads, and beside it what is checked before this library
-    loads it. Put them into a folder on the other machine and name it in DEFENSE_VAE_FAST_PLANS.
+    loads it. Put them into a folder on the other machine and name it in DEFENSE_VAE_FAST_PLANS. One with a classifier
+    is for your own program; 'doctor --plan' compares it with float32.
+
+    The classifier is an ONNX file with one input, images of the purifier's size and channels, uint8 or floating, in
+    either layout, and one output. It keeps its precision; --precision is the purifier's.
     """
     from defense_vae_fast import export as work
 
@@ -363,7 +597,8 @@ def export(
         done = work.export(
             checkpoint, format_, output, kind,  # type: ignore[arg-type]  # click has checked it
             precision=precision,
-            max_batch=max_batch, lean=lean, compute_capabilities=capabilities, force=force,
+            max_batch=max_batch, lean=lean, compute_capabilities=capabilities,
+            classifier=classifier, mean=mean, std=std, force=force,
         )  # fmt: skip
         sizes = ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in done.paths)
         click.echo(f"{output}: {sizes}: {done.note}")
@@ -373,6 +608,7 @@ def export(
     epilog=f"""\b
 Examples:
   {PROGRAM} doctor
+  {PROGRAM} doctor --plan models/fashion_mnist_with_classifier.uint8.tensorrt-rtx.plan
 
 \b
 Exit codes:
@@ -383,13 +619,22 @@ Exit codes:
     "--checkpoint", "-c", default="fashion_mnist", show_default=True, metavar="NAME|FILE",
     help="The purifier that the engines are tried with.",
 )  # fmt: skip
+@click.option(
+    "--plan", type=_Path(dir_okay=False), metavar="FILE.plan",
+    help="Only compare this engine, from 'export', with float32 on the GPU here. It is native code: trust it first.",
+)  # fmt: skip
 @_debug
 @click.pass_context
-def doctor(context: click.Context, checkpoint: str) -> None:
+def doctor(context: click.Context, checkpoint: str, plan: Path | None) -> None:
     """Say what is installed, what is missing and how to get it, and try every engine."""
     from defense_vae_fast import doctor as work
     from defense_vae_fast.checkpoint import load_checkpoint
 
+    if plan is not None:
+        from defense_vae_fast.export import check_plan
+
+        click.echo(f"{plan}: {check_plan(plan)}")
+        return
     loaded = load_checkpoint(checkpoint)
     console = _console()
     for part in work.parts():

@@ -16,10 +16,15 @@ from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.onnx_graph import OPSET, PURIFIED, SCORE, ImageKind, Precision, build
 
+Array = npt.NDArray[Any]
+
 LOGITS = "logits"
 _PREFIX = "classifier."
 _GLUE = "between."
-_FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+_MOVES = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten")
+"""Operators that keep values and type of their first input."""
 
 
 def join(
@@ -34,7 +39,7 @@ def join(
 
     Inputs and outputs are those of :func:`onnx_graph.build <defense_vae_fast.onnx_graph.build>`, and ``logits``, the
     classifier's only output. The classifier gets exactly what comes out as ``purified``: of uint8 images the rounded
-    ones.
+    ones. It keeps its own precision, whatever the purifier's is.
 
     Args:
         checkpoint: the purifier.
@@ -45,7 +50,8 @@ def join(
         precision: of the purifier, as in ``build``.
         image: what comes in, as in ``build``.
         mean: C numbers that a floating classifier wants subtracted, from pixels in [0, 1].
-        std: C positive numbers to divide by afterwards; given with ``mean`` or not at all.
+        std: C positive numbers to divide by afterwards; given with ``mean`` or not at all. A classifier of floating
+            pixels in 0..255 has mean 0 and std 1/255.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,12 +76,24 @@ def join(
     graph.name = f"{purifier.graph.name}_with_classifier"
     between = _Between(graph)
     x = PURIFIED
-    if image == "uint8" and not as_bytes:
+    # TensorRT knows uint8 only as the type of a network's inputs and outputs, so the same levels travel as floats where
+    # the graph has them and the classifier takes them.
+    levels = _float_levels(graph)
+    floats = _read_as_floats(model.graph, _PREFIX + given.name) if as_bytes else None
+    if image == "half" and (as_bytes or normalisation or tensor.elem_type == TensorProto.FLOAT):
         x = between.node("Cast", [x], to=TensorProto.FLOAT)
+    if image == "uint8" and not as_bytes:
+        x = levels or between.node("Cast", [x], to=TensorProto.FLOAT)
         x = between.node("Mul", [x, between.constant("one_255th", np.float32(1 / 255))])
-    elif image == "float" and as_bytes:
-        x = between.node("Mul", [x, between.constant("levels", np.float32(255))])
-        x = between.node("Cast", [between.node("Round", [x])], to=TensorProto.UINT8)
+    elif image == "uint8" and floats and levels:
+        x = levels
+        _forget_types(model.graph, floats)
+    elif image != "uint8" and as_bytes:
+        x = between.node("Round", [between.node("Mul", [x, between.constant("levels", np.float32(255))])])
+        if floats:
+            _forget_types(model.graph, floats)
+        else:
+            x = between.node("Cast", [x], to=TensorProto.UINT8)
     is_last = image == "uint8"
     if normalisation is not None:
         shape = (1, 1, 1, -1) if is_last else (1, -1, 1, 1)
@@ -83,7 +101,7 @@ def join(
         x = between.node("Div", [x, between.constant("std", normalisation[1].reshape(shape))])
     if is_last != last:
         x = between.node("Transpose", [x], perm=[0, 2, 3, 1] if last else [0, 3, 1, 2])
-    if tensor.elem_type == TensorProto.FLOAT16:
+    if tensor.elem_type == TensorProto.FLOAT16 and (image != "half" or normalisation):
         x = between.node("Cast", [x], to=TensorProto.FLOAT16)
     _rename(model.graph, _PREFIX + given.name, x)
 
@@ -102,6 +120,41 @@ def join(
     joined.ir_version = max(purifier.ir_version, model.ir_version)
     onnx.checker.check_model(joined)
     return joined
+
+
+def reference(joined: onnx.ModelProto, images: Array, shift: float) -> tuple[Array, float]:
+    """What a joined float32 graph of "float" images says of ``images``, and how far an engine may be from it.
+
+    The classifier is taken as it is; so an engine's logits may differ by what its purified images differ. They may move
+    twice as far as they do when every pixel becomes brighter, or darker, or either at random, by ``shift``.
+
+    Args:
+        joined: from :func:`join`.
+        images: float32 (N, C, H, W) in [0, 1].
+        shift: what a purified pixel may differ by on average, in [0, 1].
+
+    Returns:
+        float32 logits, and the largest difference.
+    """
+    import openvino
+
+    def compute(model: onnx.ModelProto, given: Array) -> dict[str, Array]:
+        core = openvino.Core()
+        compiled = core.compile_model(
+            core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        return {name: value for output, value in compiled(given).items() for name in output.names}
+
+    whole = compute(joined, images)
+    logits: Array = whole[LOGITS].astype(np.float32)
+    after = onnx.utils.Extractor(joined).extract_model([PURIFIED], [LOGITS])
+    either = np.random.default_rng(0).choice([-1, 1], images.shape)
+    moved = 0.0
+    for signs in (1, -1, either):
+        shifted = (whole[PURIFIED] + shift * signs).clip(0, 1).astype(np.float32)
+        moved = max(moved, float(np.abs(compute(after, shifted)[LOGITS] - logits).max()))
+    rounding = 2.0**-10 * float(np.abs(logits).max())  # of the sums themselves, in whatever order they are made
+    return logits, 2 * moved + rounding
 
 
 class _Between:
@@ -186,18 +239,49 @@ def _normalisation(
 
 def _same_opset(purifier: onnx.ModelProto, classifier: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """Both models with the later of their two operator sets."""
-    version = next((each.version for each in classifier.opset_import if each.domain in ("", "ai.onnx")), OPSET)
+    own, other = (
+        next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), OPSET)
+        for model in (purifier, classifier)
+    )
     try:
-        if version > OPSET:
-            return onnx.version_converter.convert_version(purifier, version), classifier
-        if version < OPSET:
-            return purifier, onnx.version_converter.convert_version(classifier, OPSET)
+        if other > own:
+            return onnx.version_converter.convert_version(purifier, other), classifier
+        if other < own:
+            return purifier, onnx.version_converter.convert_version(classifier, own)
     except Exception as error:  # the converter's own kinds are RuntimeErrors of several names
         raise ValueError(
-            f"classifier: expected an operator set that can be brought to {OPSET} or that the purifier can be brought "
-            f"to, got {version} and the error {error}; export it with operator set {OPSET}"
+            f"classifier: expected an operator set that can be brought to {own} or that the purifier can be brought "
+            f"to, got {other} and the error {error}; export it with operator set {own}"
         ) from error
     return purifier, classifier
+
+
+def _float_levels(graph: onnx.GraphProto) -> str | None:
+    """The float tensor of which ``purified`` is the bytes, where the graph makes them in its last step."""
+    maker = next(node for node in graph.node if PURIFIED in node.output)
+    to = next((attribute.i for attribute in maker.attribute if attribute.name == "to"), None)
+    return maker.input[0] if to == TensorProto.UINT8 else None
+
+
+def _read_as_floats(graph: onnx.GraphProto, name: str) -> list[str] | None:
+    """The tensor and those that only move it, if everything else that takes them casts them first; otherwise None."""
+    tensors = [name]
+    for tensor in tensors:
+        for node in graph.node:
+            if any(attribute.type in _GRAPHS for attribute in node.attribute):
+                return None  # what happens inside of branches and loops is not looked at
+            if tensor not in node.input or node.op_type == "Cast":
+                continue
+            if node.op_type not in _MOVES or node.input[0] != tensor:
+                return None
+            tensors.append(node.output[0])
+    return tensors
+
+
+def _forget_types(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
+    known = [value for value in graph.value_info if value.name not in tensors]
+    del graph.value_info[:]
+    graph.value_info.extend(known)
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:

@@ -58,7 +58,7 @@ def purify_regions(
 ) -> Regions:
     """What :meth:`Purifier.regions` does; ``purify`` is the network of ``config``."""
     pixels = _frame(frame, config)
-    places = _boxes(boxes, pixels.shape[:2])
+    places = whole_pixels(boxes, pixels.shape[:2])
     side = config.image_size
     height, width = _size(side if size is None else size)
     _check_method(method)
@@ -200,8 +200,12 @@ def _frame(frame: Any, config: VAEConfig) -> Array:
     return pixels
 
 
-def _boxes(boxes: Any, shape: tuple[int, ...]) -> Array:
-    """int64 (N, 4) whole pixels inside the frame."""
+def whole_pixels(boxes: Any, shape: tuple[int, ...]) -> Array:
+    """(N, 4) boxes -> int64 (N, 4) whole pixels inside a frame of ``shape`` (H, W).
+
+    Raises:
+        ValueError: a wrong shape, or a box without a pixel in the frame.
+    """
     values = np.asarray(boxes, np.float64)
     if values.size == 0:
         values = values.reshape(0, 4)

@@ -23,6 +23,7 @@ from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from test_images import pixels
+from test_video import encode, noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -281,6 +282,8 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
     assert len(blocks) >= 9
     code = "\n\n".join(blocks) + CHECKS
     (tmp_path / "examples.py").write_text(code)
+    encode(tmp_path / "street.mp4", noise(4, 90, 160, 3))
+    (tmp_path / "detections.jsonl").write_text('{"boxes": [[10, 10, 60, 60]]}')
     done = subprocess.run(
         [sys.executable, "examples.py"], capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False
     )
@@ -294,6 +297,8 @@ assert len(results) == len(answers) == 64 and all(answer.image is not None for a
 assert found.images.shape == (2, 32, 32, 1) and clean.shape == tiled.frame.shape == frame.shape
 assert attacked.shape == tensors.shape and logits.shape == (8, 10)
 assert image.shape == (1, 28, 28) and label == 7
+assert report.purified == 4 and Path("clean.mp4").is_file()
+assert both["purified"].shape == (8, 28, 28, 1) and both["score"].shape == (8,) and both["logits"].shape == (8, 10)
 """
 
 

@@ -1,7 +1,10 @@
-"""One graph of purifier and classifier against the two run apart."""
+"""One graph of purifier and classifier against the two run apart, and as files for every runtime."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,21 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
+import torch
+from click.testing import CliRunner, Result
 from conftest import random_checkpoint
 from onnx import TensorProto, helper, numpy_helper
 from test_images import COLOUR, pixels
+from torch import Tensor, nn
 
-from defense_vae_fast import VAEConfig
-from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, load_checkpoint
-from defense_vae_fast.joined_graph import join
+from defense_vae_fast import VAEConfig, cli, cuda
+from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, load_checkpoint, save_checkpoint
+from defense_vae_fast.engines import plans
+from defense_vae_fast.joined_graph import join, reference
+from defense_vae_fast.nn.model import DefenseVAE
 from defense_vae_fast.onnx_graph import build
+from training.pool import CLASSIFIER_FOLDER
+from training.train_classifier import load_classifier
 
 Array = np.ndarray[Any, Any]
 SHIPPED = WEIGHTS_FOLDER / "fashion_mnist_classifier.onnx"
@@ -60,8 +70,12 @@ def make_classifier(
     return model
 
 
-def ort(model: onnx.ModelProto, images: Array) -> dict[str, Array]:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+def ort(model: onnx.ModelProto, images: Array, optimised: bool = True) -> dict[str, Array]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, {session.get_inputs()[0].name: images}), strict=True))
 
@@ -216,3 +230,308 @@ def test_files_that_are_no_model(checkpoint: Checkpoint, tmp_path: Path) -> None
     (tmp_path / "bad.onnx").write_bytes(b"\x08\x08not a model")
     with pytest.raises(ValueError, match="expected an ONNX model in"):
         join(checkpoint, tmp_path / "bad.onnx")
+
+
+# As a user exports it: the shipped purifier and a torch classifier that wants normalised images, as files
+
+MEAN, STD = 0.2860, 0.3530
+
+
+class Normalised(nn.Module):
+    """A classifier trained on normalised images, made of one that takes them in [0, 1]."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.plain(images * STD + MEAN)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def torch_classifier() -> nn.Module:
+    return Normalised(load_classifier(CLASSIFIER_FOLDER / "fashion_mnist_A.safetensors")[0]).eval()
+
+
+@pytest.fixture(scope="module")
+def classifier_path(torch_classifier: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classifier") / "yours.onnx"
+    axes = {"images": {0: "batch"}, "classes": {0: "batch"}}
+    torch.onnx.export(
+        torch_classifier, (torch.zeros(2, 1, 28, 28),), str(path), dynamo=False, opset_version=17,
+        input_names=["images"], output_names=["classes"], dynamic_axes=axes,
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def attacked() -> tuple[Array, Array]:
+    """Attacked test images uint8 (N, 28, 28, 1) and their labels."""
+    with np.load(WEIGHTS_FOLDER / "fashion_mnist_demo.npz") as data:
+        return data["fgsm"][:40, ..., None], data["labels"][:40]
+
+
+@pytest.fixture(scope="module")
+def exact(torch_classifier: nn.Module, attacked: tuple[Array, Array]) -> Array:
+    """Logits behind the purifier in float64."""
+    images = torch.from_numpy(attacked[0]).permute(0, 3, 1, 2).double() / 255
+    with torch.no_grad():
+        purified = DefenseVAE.from_checkpoint(load_checkpoint("fashion_mnist")).double().purify(images).float()
+        logits: Array = torch_classifier((purified - MEAN) / STD).numpy()
+    return logits
+
+
+def export(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, ["export", *map(str, words)])
+
+
+def run_openvino(path: Path, images: Array) -> dict[str, Array]:
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return {name: value for output, value in compiled(images).items() for name in output.names}
+
+
+def rms(difference: Array) -> float:
+    return float(np.sqrt(np.square(difference, dtype=np.float64).mean()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("uint8", "fp32"), ("uint8", "fp16"), ("uint8", "int8"), ("float", "fp32"), ("float", "int8")],
+)
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_an_exported_pair_equals_the_two_apart(
+    tmp_path: Path,
+    classifier_path: Path,
+    torch_classifier: nn.Module,
+    attacked: tuple[Array, Array],
+    exact: Array,
+    format: str,
+    kind: str,
+    precision: str,
+) -> None:
+    images, labels = attacked
+    if kind == "float":
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+    words = ("fashion_mnist", "-f", format, "--images", kind, "--precision", precision)
+    for extra in ((), ("--with", classifier_path, "--mean", MEAN, "--std", STD)):
+        result = export(*words, *extra, "-o", tmp_path)
+        assert result.exit_code == 0, result.output
+    end = f"{kind}.{precision}.{'onnx' if format == 'onnx' else 'xml'}"
+
+    def run(stem: str) -> dict[str, Array]:
+        path = tmp_path / f"{stem}.{end}"
+        return ort(onnx.load(path), images) if format == "onnx" else run_openvino(path, images)
+
+    together, alone = run("fashion_mnist_with_yours"), run("fashion_mnist")
+    purified = alone["purified"]
+    as_floats = torch.from_numpy(purified.astype(np.float32))
+    as_floats = as_floats.permute(0, 3, 1, 2) / 255 if kind == "uint8" else as_floats
+    with torch.no_grad():
+        logits = torch_classifier((as_floats - MEAN) / STD).numpy()
+
+    assert set(together) >= {"purified", "score", "logits"}  # OpenVINO keeps the classifier's own name, too
+    assert (together["logits"].argmax(1) == labels).mean() > 0.8
+    # The rule of the library: at most twice the error of the two apart in the same precision, against float64.
+    scale = np.abs(exact).max()
+    assert rms(together["logits"] - exact) <= 2 * rms(logits - exact) + 1e-5 * scale
+    if precision == "fp32":
+        unit = 1 if kind == "uint8" else 1e-5  # OpenVINO may fuse another way, and a pixel round to the other side
+        assert np.abs(together["purified"].astype(float) - purified).max() <= unit
+        np.testing.assert_allclose(together["score"], alone["score"], atol=1e-5)
+        same = (together["purified"] == purified).reshape(len(labels), -1).all(1) | (kind == "float")
+        np.testing.assert_allclose(together["logits"][same], logits[same], atol=2e-4 * scale)
+        assert same.any()
+
+
+def weighed(checkpoint: Checkpoint) -> Checkpoint:
+    return replace(checkpoint, quantization=load_checkpoint("fashion_mnist").quantization)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8_fp16", "fp8_fp16"])
+@pytest.mark.parametrize("image", ["uint8", "float", "half"])
+@pytest.mark.parametrize("kind", ["uint8", "float32", "float16"])
+def test_no_byte_in_the_middle_of_a_graph_for_tensorrt(
+    checkpoint: Checkpoint, precision: Any, image: Any, kind: str
+) -> None:
+    """Its uint8 is for a network's ends alone; and what is joined runs, in whatever precision it is."""
+    if image == "half" and precision in ("fp32", "int8"):
+        pytest.skip("half images are for graphs in half precision")
+    mean, std = (None, None) if kind == "uint8" else ([0.4], [0.3])
+    joined = join(weighed(checkpoint), make_classifier(checkpoint.config, kind), precision, image, mean, std)
+    inferred = onnx.shape_inference.infer_shapes(joined, strict_mode=True, data_prop=True).graph
+    ends = {value.name for value in (*joined.graph.input, *joined.graph.output)}
+    inside = {value.name for value in inferred.value_info if value.type.tensor_type.elem_type == TensorProto.UINT8}
+    if precision.endswith("fp16"):
+        assert inside <= ends
+        assert not any("purified" in node.input for node in joined.graph.node if image == "uint8")
+    images = frames(checkpoint.config, image).astype("u1" if image == "uint8" else "f4" if image == "float" else "f2")
+    found = ort(joined, images)
+    handed = between(found["purified"], kind, False, mean, std)
+    apart = ort(make_classifier(checkpoint.config, kind), handed)["score"]
+    tolerance = 0.01 if "float16" in (kind, handed.dtype.name) else 1e-4
+    np.testing.assert_allclose(found["logits"], apart, atol=tolerance * np.abs(apart).max())
+
+
+@pytest.mark.parametrize("opset", [13, 19, 21])
+def test_operator_sets_of_int8_graphs(checkpoint: Checkpoint, opset: int) -> None:
+    images = frames(checkpoint.config, "float")
+    # Unoptimised: from operator set 21 on ONNX Runtime 1.32 makes signed activations unsigned, but not their types.
+    expected = ort(join(weighed(checkpoint), make_classifier(checkpoint.config), "int8_fp16", "float"), images, False)
+    joined = join(weighed(checkpoint), make_classifier(checkpoint.config, opset=opset), "int8_fp16", "float")
+    for name, value in ort(joined, images, False).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+# TensorRT-RTX, whose builder needs no GPU
+
+
+def export_rtx(folder: Path, classifier: Path, *words: str) -> Result:
+    if reason := plans.RTX.missing():
+        pytest.skip(reason)
+    only = () if "--compute-capability" in words else ("--compute-capability", "8.9")
+    return export(
+        "fashion_mnist", "-f", "tensorrt-rtx", "--with", classifier, "--mean", str(MEAN), "--std", str(STD),
+        "--max-batch", "8", *only, *words, "-o", folder,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine(classifier_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plan of an engine of both, for uint8 images."""
+    folder = tmp_path_factory.mktemp("engine")
+    result = export_rtx(folder, classifier_path, "--images", "uint8")
+    assert result.exit_code == 0, result.output
+    assert "doctor --plan" in result.stdout
+    [path] = folder.glob("*.plan")
+    return path
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("uint8", "fp16"), ("float", "int8"), ("half", "fp16")])
+def test_one_engine_of_both(
+    tmp_path: Path, classifier_path: Path, kind: str, precision: str, request: pytest.FixtureRequest
+) -> None:
+    if kind == "uint8":
+        tmp_path = request.getfixturevalue("engine").parent
+    else:
+        result = export_rtx(tmp_path, classifier_path, "--images", kind, "--precision", precision)
+        assert result.exit_code == 0, result.output
+    stem = f"fashion_mnist_with_yours.{kind}{'' if precision == 'fp16' else '.int8'}.tensorrt-rtx"
+    path = tmp_path / f"{stem}.plan"
+    assert sorted(each.name for each in tmp_path.iterdir()) == [f"{stem}.{s}" for s in ("json", "plan", "safetensors")]
+    header = json.loads(path.with_suffix(".json").read_text())
+    assert set(header["outputs"]) == {"purified", "logits"} | ({"score"} if kind != "half" else set())
+    assert header["outputs"]["logits"] == {"dtype": "float", "shape": [-1, 10]}
+    assert path.stat().st_size > load_checkpoint("fashion_mnist").config.weight_bytes(1) + 4 * 1.6e6  # both are in it
+
+    # The acceptance that a GPU runs, with the same graph in ONNX Runtime in the GPU's place.
+    plan = plans.read_exported(path, plans.RTX, {"compute_capabilities": ["8.9"]})
+    model = join(load_checkpoint("fashion_mnist"), classifier_path, plans.GRAPHS[precision], kind, [MEAN], [STD])  # type: ignore[arg-type]
+    found = ort(model, plan.trial(5))
+    scores = found.get("score")
+    assert plan.disagreement(found["purified"], scores, found["logits"]) is None
+    moved = np.abs(found["logits"] - plan.logits[np.arange(5) % 4]).max()  # type: ignore[index]
+    assert plan.header["logits_limit"] < np.ptp(plan.logits) / 2  # type: ignore[arg-type]
+    for wrong in (
+        found["logits"][:, ::-1],
+        found["logits"] * 1.5,
+        found["logits"] * np.nan,
+        np.roll(found["logits"], 1, 0),
+    ):
+        assert "in the logits" in str(plan.disagreement(found["purified"], scores, wrong)), moved
+    assert "grey levels" in str(plan.disagreement(found["purified"][::-1], scores, found["logits"]))
+
+
+def test_a_gpu_that_cannot_take_the_classifier_is_named(tmp_path: Path, classifier_path: Path) -> None:
+    result = export_rtx(tmp_path, classifier_path, "--images", "uint8", "--compute-capability", "7.5")
+    if result.exit_code == 0:
+        pytest.skip("this TensorRT-RTX compiles float32 products for 7.5")
+    assert result.exit_code == 2
+    assert "name the others with --compute-capability, or export the classifier in float16" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_engine_for_the_purifier_alone_is_another(engine: Path) -> None:
+    """A Purifier that searches the folder passes over an engine with a classifier in it."""
+    loaded = load_checkpoint("fashion_mnist")
+    key, _ = plans.make_key(plans.RTX, loaded, "uint8", {"compute_capabilities": ["8.9"]}, (1, 8))
+    with pytest.raises(plans.PlanRejected, match="graph: expected"):
+        plans.read(engine, key)
+
+
+def test_doctor_compares_a_plan_on_the_gpu_that_it_is_for(tmp_path: Path, engine: Path) -> None:
+    for part in engine.parent.iterdir():
+        shutil.copy(part, tmp_path)
+    path = tmp_path / engine.name
+    if cuda.missing() is not None:
+        result = CliRunner().invoke(cli.main, ["doctor", "--plan", str(path)])
+        assert result.exit_code == 2
+        assert f"{path.name} is run by tensorrt_rtx, and " in result.stderr
+    with pytest.raises(plans.PlanRejected, match="target: expected"):
+        plans.read_exported(path, plans.RTX, {"compute_capabilities": ["12.0"]})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(plans.PlanRejected, match="does not match its digest"):
+        plans.read_exported(path, plans.RTX, {"compute_capabilities": ["8.9"]})
+    path.with_suffix(".json").unlink()
+    result = CliRunner().invoke(cli.main, ["doctor", "--plan", str(path)])
+    assert result.exit_code == 2
+    assert "unreadable header" in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["uint8", "float", "half"])
+def test_a_joined_engine_agrees_on_the_gpu(tmp_path: Path, classifier_path: Path, kind: str) -> None:
+    capability = cuda.compute_capability(cuda.current_ordinal())
+    result = export_rtx(tmp_path, classifier_path, "--images", kind, "--compute-capability", capability)
+    assert result.exit_code == 0, result.output
+    assert "agrees with float32 on this GPU" in result.stdout
+    [path] = tmp_path.glob("*.plan")
+    assert CliRunner().invoke(cli.main, ["doctor", "--plan", str(path)]).exit_code == 0
+
+
+def test_the_limit_of_logits_grows_with_the_classifier(checkpoint: Checkpoint) -> None:
+    images = frames(checkpoint.config, "float", 4)
+    joined = join(checkpoint, make_classifier(checkpoint.config), image="float")
+    logits, limit = reference(joined, images, 1 / 255)
+    np.testing.assert_allclose(logits, ort(joined, images)["logits"], rtol=1e-4, atol=1e-4)
+    # A linear classifier: brighter by a level moves the logits by the column sums of its weights; twice that is meant.
+    weight = numpy_helper.to_array(make_classifier(checkpoint.config).graph.initializer[0])
+    most = 2 * np.abs(weight.sum(0)).max() / 255
+    assert 0.5 * most < limit < 2 * most + 0.01 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--mean", "0.5", "--std", "0.5"), "expected with a classifier alone"),
+        (("--with", "NONE"), "expected an ONNX file at"),
+        (("--with", "YOURS", "--mean", "0.5"), "mean and std: expected both or neither"),
+        (("--with", "YOURS", "--mean", "0.5,x", "--std", "1"), "expected numbers with commas between them"),
+        (("--with", "YOURS", "--mean", "1,2,3", "--std", "1,1,1"), "mean: expected 1 finite number"),
+        (("--with", "FIXED", "-f", "tensorrt-rtx"), "expected a free batch axis for a TensorRT engine, got 4"),
+        (("--with", "LABELS", "-f", "tensorrt-rtx"), "expected logits of float or float16"),
+        (("--with", "LARGE"), "take a classifier of the purifier's image size"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_impossible_pairs_are_refused(tmp_path: Path, checkpoint: Checkpoint, words: Any, message: str) -> None:
+    if "tensorrt-rtx" in words and (reason := plans.RTX.missing()):
+        pytest.skip(reason)
+    save_checkpoint(tmp_path / "mine.safetensors", checkpoint)
+    labels = make_classifier(checkpoint.config)
+    labels.graph.node.append(helper.make_node("ArgMax", ["score"], ["label"], axis=1, keepdims=0))
+    labels.graph.output[0].CopyFrom(helper.make_tensor_value_info("label", TensorProto.INT64, ["n"]))
+    files = {
+        "YOURS": make_classifier(checkpoint.config),
+        "FIXED": make_classifier(checkpoint.config, batch=4),
+        "LARGE": make_classifier(VAEConfig(32, 1)),
+        "LABELS": labels,
+    }
+    for name, model in files.items():
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    named = [tmp_path / f"{word}.onnx" if word in (*files, "NONE") else word for word in words]
+    result = export(tmp_path / "mine.safetensors", "-f", "onnx", *named, "-o", tmp_path / "out", "--images", "uint8")
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []

@@ -44,6 +44,7 @@ FORMAT = 1
 Target = dict[str, Any]
 Progress = Callable[[str, float], None]
 """Called with the builder's phase and the share of it that is done, 0 to 1; from the builder's own threads."""
+Reference = Callable[[npt.NDArray[np.float32], float], tuple[npt.NDArray[np.float32], float]]
 
 WORKSPACE_BYTES = 1 << 30
 TRUSTED_FOLDER = "DEFENSE_VAE_FAST_PLANS"
@@ -157,6 +158,7 @@ class Plan:
         purified: float32 (n, C, H, W), what OpenVINO's float32 makes of them.
         scores: float32 (n,).
         header: the whole header.
+        logits: float32 (n, classes), what a classifier in the same graph makes of those; None without one.
         path: of the ``.plan`` file, None before it is stored.
     """
 
@@ -166,6 +168,7 @@ class Plan:
     purified: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32]
     header: dict[str, Any]
+    logits: npt.NDArray[np.float32] | None = None
     path: Path | None = field(default=None, compare=False)
 
     def trial(self, count: int) -> npt.NDArray[Any]:
@@ -177,10 +180,15 @@ class Plan:
         pixels: npt.NDArray[Any] = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
         return pixels.astype(np.float16) if kind == "half" else pixels
 
-    def disagreement(self, purified: npt.NDArray[Any], scores: npt.NDArray[np.float32] | None) -> str | None:
+    def disagreement(
+        self,
+        purified: npt.NDArray[Any],
+        scores: npt.NDArray[np.float32] | None,
+        logits: npt.NDArray[Any] | None = None,
+    ) -> str | None:
         """How the results for :meth:`trial` images differ from float32 by more than rounding, or None.
 
-        ``scores`` is None for "half" images, whose graph makes none.
+        ``scores`` is None for "half" images, whose graph makes none, ``logits`` without a classifier.
         """
         turn = np.arange(len(purified)) % len(self.images)
         expected = 255 * self.purified[turn]
@@ -194,7 +202,12 @@ class Plan:
         mean_limit, limit = TOLERANCE[self.header["key"]["precision"]]
         # Written so that a NaN fails.
         if mean <= mean_limit + rounding and largest <= limit + rounding and score <= mean_limit:
-            return None
+            if self.logits is None or logits is None:
+                return None
+            moved, allowed = float(np.abs(logits - self.logits[turn]).max()), self.header["logits_limit"]
+            if moved <= allowed:
+                return None
+            return f"differs from float32 by {moved:.3g} in the logits; expected at most {allowed:.3g}"
         return (
             f"differs from float32 by {mean:.2f} grey levels on average, {largest:.1f} at most and {score:.2f} in the "
             f"score; expected at most {mean_limit}, {limit} and {mean_limit}, rounding aside"
@@ -211,15 +224,17 @@ def make_key(
     precision: str = "fp16",
     lean: bool = False,
     workspace: int = WORKSPACE_BYTES,
+    graph: bytes | None = None,
 ) -> tuple[Key, bytes]:
-    """The key of a plan, and the ONNX graph that it is built from.
+    """The key of a plan, and the ONNX graph that it is built from: ``graph``, or else the purifier's own.
 
     Raises:
         ValueError: ``precision`` is "int8" or "fp8" and the checkpoint has no scales.
     """
     from defense_vae_fast import onnx_graph
 
-    graph = onnx_graph.build(checkpoint, GRAPHS[precision], kind).SerializeToString()
+    if graph is None:
+        graph = onnx_graph.build(checkpoint, GRAPHS[precision], kind).SerializeToString()
     key = Key(
         package=package.module,
         package_version=str(package.load().__version__),
@@ -236,11 +251,25 @@ def make_key(
     return key, graph
 
 
-def build(package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, progress: Progress | None = None) -> Plan:
+def build(
+    package: Package,
+    checkpoint: Checkpoint,
+    key: Key,
+    graph: bytes,
+    progress: Progress | None = None,
+    with_classifier: Reference | None = None,
+) -> Plan:
     """Build a plan; seconds with TensorRT-RTX, minutes with TensorRT, with a progress bar on a terminal.
 
     The network is strongly typed: fp16 or int8 wherever the graph says so, float32 for the sigmoid and the score. No
     flag lets the builder choose another precision.
+
+    Args:
+        package, checkpoint, key, graph: see :func:`make_key`.
+        progress: called instead of drawing the bar.
+        with_classifier: of a graph with a classifier, the float32 logits for trial images as the engine with "float"
+            images takes them, and how far the engine's may be from them when purified pixels differ by the shift that
+            it is called with, in [0, 1].
 
     Raises:
         BuildError: the graph was not understood, or no engine came out.
@@ -258,6 +287,7 @@ def build(package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, prog
         raise BuildError(f"{package.module} does not understand the graph: {told}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace)
+    config.clear_flag(trt.BuilderFlag.TF32)  # what the graph has in float32, a classifier perhaps, is to stay float32
     if key.lean:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         # The runtime is the package tensorrt_lean; a copy inside each plan would be native code that comes with data.
@@ -278,20 +308,29 @@ def build(package: Package, checkpoint: Checkpoint, key: Key, graph: bytes, prog
         raise BuildError(f"{package.module} built no engine for {key.kind} images: {told}")
     data = bytes(plan)
     images, purified, scores = _vectors(checkpoint)
+    logits, limit = None, {}
+    if with_classifier is not None:
+        shift = TOLERANCE[key.precision][0] + (0.5 if key.kind == "uint8" else 0.0)
+        pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+        logits, limit["logits_limit"] = with_classifier(pixels, shift / 255)
     header = {
         "key": key.to_dict(),
         "inputs": _tensors([network.get_input(i) for i in range(network.num_inputs)]),
         "outputs": _tensors([network.get_output(i) for i in range(network.num_outputs)]),
         "profiles": [[list(map(int, dims)) for dims in shape] for shape in _profiles(network, key.buckets)],
         "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **limit,
     }
-    return Plan(data, key.buckets, images, purified, scores, header)
+    return Plan(data, key.buckets, images, purified, scores, header, logits)
 
 
 def write(plan: Plan, path: Path) -> Path:
     """Write a plan's three files, each whole or not at all, the header last; the path of the ``.plan`` file."""
     header_path, vectors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
-    vectors = _serialize({"images": plan.images, "purified": plan.purified, "scores": plan.scores})
+    arrays: dict[str, npt.NDArray[Any]] = {"images": plan.images, "purified": plan.purified, "scores": plan.scores}
+    if plan.logits is not None:
+        arrays["logits"] = plan.logits
+    vectors = _serialize(arrays)
     header = {
         **plan.header,
         "plan_bytes": len(plan.data),
@@ -326,9 +365,38 @@ def read(path: Path, wanted: Key) -> Plan:
             raise PlanRejected(f"{path.name}: the {name} of {len(content)} bytes does not match its digest")
     try:
         arrays = _parse(vectors)
-        return Plan(data, tuple(key["buckets"]), arrays["images"], arrays["purified"], arrays["scores"], header, path)
+        return Plan(
+            data, tuple(key["buckets"]), arrays["images"], arrays["purified"], arrays["scores"], header,
+            arrays.get("logits"), path,
+        )  # fmt: skip
     except (SafetensorError, KeyError) as error:
         raise PlanRejected(f"{path.name}: unreadable vectors: {error}") from error
+
+
+def package_of(path: Path) -> Package:
+    """The package that runs a plan, by its header.
+
+    Raises:
+        PlanRejected: there is no header, or of no package that is known.
+    """
+    key = _read_header(path.with_suffix(".json"))["key"]
+    if key["lean"]:
+        return LEAN
+    for package in (TENSORRT, RTX):
+        if key["package"] == package.module:
+            return package
+    raise PlanRejected(f"{path.name}: expected a plan of tensorrt or tensorrt_rtx, got {key['package']!r}")
+
+
+def read_exported(path: Path, package: Package, target: Target) -> Plan:
+    """Read a plan that ``export`` wrote and the caller trusts, whatever graph it is of, if it is for this machine.
+
+    Raises:
+        PlanRejected: as :func:`read`.
+    """
+    key = _read_header(path.with_suffix(".json"))["key"]
+    here = {"package": package.module, "package_version": str(package.load().__version__), "target": target}
+    return read(path, Key(**{**key, **here, "library_version": __version__, "buckets": tuple(key["buckets"])}))
 
 
 def obtain(

@@ -47,6 +47,7 @@ _DTYPES: dict[ImageKind, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "half": np.dtype(np.float16),
 }
+_LOGITS: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "half": np.dtype(np.float16)}
 _KIND = {dtype: kind for kind, dtype in _DTYPES.items()}
 _HOST_KINDS: tuple[ImageKind, ...] = ("uint8", "float")  # what engines take; "half" is for frames, prepared when asked
 # A frame to read and the frame to write, as they lie in the table that a worker copies to the GPU.
@@ -455,6 +456,8 @@ class _Loaded:
         self.plan = plan
         self.kind = kind
         self.scored = kind != "half"
+        self.classes = () if plan.logits is None else plan.logits.shape[1:]
+        self.logits = None if plan.logits is None else _LOGITS[plan.header["outputs"]["logits"]["dtype"]]
         self._trt = trt
         self._config = self._runtime_config() if specialises else None
 
@@ -489,6 +492,8 @@ class _Buffers(NamedTuple):
     host_given: Images
     host_purified: Images
     host_scores: Scores
+    logits: int = 0
+    host_logits: Images | None = None
 
 
 class _Step(NamedTuple):
@@ -562,7 +567,9 @@ class _Worker:
             purified, scores = np.empty_like(given), np.empty(bucket, np.float32)
             self.start(given)
             self.finish(purified, scores)
-            if reason := plan.disagreement(purified, scores if loaded.scored else None):
+            host_logits = self._kinds[loaded.kind].host_logits
+            logits = None if host_logits is None else host_logits[:bucket]
+            if reason := plan.disagreement(purified, scores if loaded.scored else None, logits):
                 plans.discard(plan)
                 raise AcceptanceError(
                     f"the engine for {loaded.kind} images at batch {bucket} {reason}; its plan is not used"
@@ -655,6 +662,10 @@ class _Worker:
             host_purified=memory.pinned(full, dtype),
             host_scores=memory.pinned((largest,), np.float32),
         )
+        if loaded.logits is not None:
+            rows = (largest, *loaded.classes)
+            size = int(np.prod(rows)) * loaded.logits.itemsize
+            buffers = buffers._replace(logits=memory.allocate(size), host_logits=memory.pinned(rows, loaded.logits))
         self._kinds[loaded.kind] = buffers
         # One workspace serves all buckets: a worker does one thing at a time.
         scratch = loaded.workspace(self._buckets)
@@ -667,6 +678,8 @@ class _Worker:
             self._execute(context)
             to_host(buffers.host_purified[:bucket], buffers.purified, stream)
             to_host(buffers.host_scores[:bucket], buffers.scores, stream)
+            if buffers.host_logits is not None:
+                to_host(buffers.host_logits[:bucket], buffers.logits, stream)
 
         for bucket in self._buckets:
             context = self._context(loaded, bucket, shape, buffers, workspace, scratch)
@@ -701,6 +714,8 @@ class _Worker:
         addresses = {"images": buffers.given, "purified": buffers.purified}
         if loaded.scored:
             addresses["score"] = buffers.scores
+        if loaded.logits is not None:
+            addresses["logits"] = buffers.logits
         done += [context.set_tensor_address(name, address) for name, address in addresses.items()]
         if not all(done):
             raise cuda.CudaError(f"TensorRT refused profile, shape or addresses for batch {bucket}: {done}")
