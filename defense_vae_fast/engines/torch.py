@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from defense_vae_fast.architecture import Layer
 from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.engines.base import (
     DEFAULT_MAX_BATCH,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    Step = Callable[[torch.Tensor], torch.Tensor]
+    from defense_vae_fast.nn.folded import FoldedNetwork
 
 _STREAMS = 2  # on CUDA: one copies while the other computes
 _MAX_STREAMS = 16
@@ -46,7 +45,9 @@ class TorchEngine(Engine):
     times for 64), and fp32 on any other.
 
     On CUDA each of ``streams`` workers has a stream, pinned and device buffers, and a CUDA graph for every batch
-    bucket, all made at load; a large batch is spread over them, so that copies and computing overlap.
+    bucket, all made at load; a large batch is spread over them, so that copies and computing overlap. Each layer is
+    computed in the form that was fastest at load (:mod:`defense_vae_fast.nn.folded`): convolution, bias and ReLU as one
+    cuDNN operation, or apart; a transposed convolution as it stands, or as a convolution with a shuffle.
     """
 
     name = "torch"
@@ -66,7 +67,7 @@ class TorchEngine(Engine):
         self.streams = streams
         self._device = device
         self.tensor_device = str(device)
-        self._network = _Network(checkpoint, precision, device)
+        self._network = _network(checkpoint, precision, device)
         self._lane: Lane[_CPUSlot] | Lane[_CUDASlot]
         if device.type == "cpu":
             self._buckets: tuple[int, ...] = (max_batch,)
@@ -181,7 +182,8 @@ class TorchEngine(Engine):
             return purified, scores
 
     def info(self) -> dict[str, Any]:
-        """See :meth:`Engine.info`; adds streams, batch buckets, the device's name and torch's version."""
+        """See :meth:`Engine.info`; adds streams, batch buckets, by batch size the layers that are not
+        computed in the plain form, the device's name and torch's version."""
         import torch
 
         on_gpu = self.device == "cuda"
@@ -189,6 +191,7 @@ class TorchEngine(Engine):
             **super().info(),
             "streams": self.streams,
             "buckets": list(self._buckets),
+            "forms": self._network.chosen(),
             "device_name": torch.cuda.get_device_name(self._device)
             if on_gpu
             else torch.backends.cpu.get_cpu_capability(),
@@ -206,7 +209,7 @@ class TorchEngine(Engine):
 class _CPUSlot:
     """A piece that is computed by whoever waits for it."""
 
-    def __init__(self, network: _Network) -> None:
+    def __init__(self, network: FoldedNetwork) -> None:
         self._network = network
         self._batch: Images | None = None
 
@@ -252,7 +255,7 @@ class _CUDASlot:
         self._score_view: Scores
         self._flying: tuple[np.dtype[Any], int] | None = None
 
-    def prepare(self, network: _Network, images: torch.Tensor) -> None:
+    def prepare(self, network: FoldedNetwork, images: torch.Tensor) -> None:
         """Warm up and capture for batches like ``images``, which become the bucket's own input buffer."""
         torch = self._torch
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -326,7 +329,7 @@ class _GraphStep(NamedTuple):
 
 
 def _cuda_slots(
-    network: _Network,
+    network: FoldedNetwork,
     device: torch.device,
     shapes: Mapping[ImageKind, tuple[int, int, int]],
     buckets: Sequence[int],
@@ -347,6 +350,7 @@ def _cuda_slots(
                 for slot in slots:
                     slot.prepare(network, torch.zeros((bucket, *shape), dtype=dtypes[kind], device=device))
     torch.cuda.synchronize(device)
+    network.settle()
     return slots
 
 
@@ -426,60 +430,15 @@ _without_tf32 = _WithoutTF32()
 _cudnn_choice = _CuDNNChoice()
 
 
-class _Network:
-    """The folded network: (N, C, H, W) images in [0, 1] of its dtype -> logits of the same shape and dtype."""
-
-    def __init__(self, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
-        import torch
-
-        from defense_vae_fast.onnx_graph import TILE, as_convolution, fold
-
-        self.dtype: torch.dtype = getattr(torch, _DTYPES[precision])
-        last = checkpoint.config.encoder[-1]
-        bottom = (last.out_channels, last.out_size, last.out_size)
-        self._steps: list[Step] = []
-        for layer in checkpoint.config.layers():
-            if layer.name == "logvar":
-                continue
-            weight, bias = fold(layer, checkpoint.tensors)
-            if layer.name == "mu":
-                self._steps.append(lambda x: x.flatten(1))
-            tiled = layer.kind == "conv_transpose" and layer.stride == 1
-            if tiled:
-                layer, weight, bias = as_convolution(layer, weight, bias)
-            self._steps.append(_step(layer, *(torch.from_numpy(v).to(device, self.dtype) for v in (weight, bias))))
-            if tiled:
-                self._steps.append(lambda x: torch.nn.functional.pixel_shuffle(x, TILE))
-            if layer.part == "decoder" and layer.kind == "linear":
-                self._steps.append(lambda x: x.reshape(-1, *bottom).contiguous(memory_format=torch.channels_last))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        for step in self._steps:
-            x = step(x)
-        return x
-
-
-def _step(layer: Layer, weight: torch.Tensor, bias: torch.Tensor) -> Step:
+def _network(checkpoint: Checkpoint, precision: str, device: torch.device) -> FoldedNetwork:
     import torch
-    from torch.nn import functional as F
 
-    if layer.kind != "linear":
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    relu = layer.activation == "relu"
+    from defense_vae_fast.nn.folded import FoldedNetwork
 
-    def step(x: torch.Tensor) -> torch.Tensor:
-        if layer.kind == "linear":
-            x = F.linear(x, weight, bias)
-        elif layer.kind == "conv":
-            x = F.conv2d(x, weight, bias, layer.stride, layer.padding)
-        else:
-            x = F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding)
-        return x.relu_() if relu else x
-
-    return step
+    return FoldedNetwork(checkpoint, getattr(torch, _DTYPES[precision]), device)
 
 
-def _purify(network: _Network, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _purify(network: FoldedNetwork, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     as_bytes = images.dtype == torch.uint8
