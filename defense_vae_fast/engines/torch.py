@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +25,7 @@ from defense_vae_fast.engines.base import (
     check_count,
 )
 from defense_vae_fast.engines.buckets import bucket_of, buckets_for, cut
-from defense_vae_fast.engines.pieces import Lane, Piece, run_pieces
+from defense_vae_fast.engines.pieces import Lane, Piece, nothing, run_pieces
 
 if TYPE_CHECKING:
     import torch
@@ -278,16 +278,23 @@ class _CUDASlot:
 
     def start(self, batch: Images) -> None:
         """Copy the images to pinned memory and queue copy, graph and copy."""
-        torch, count = self._torch, len(batch)
-        given, result = self._host[batch.dtype]
+        self._views[batch.dtype][0][: len(batch)] = batch
+        self._queue(batch.dtype, len(batch))
+        self._flying = (batch.dtype, len(batch))
+
+    def _queue(self, dtype: np.dtype[Any], count: int, between: Callable[[], None] = nothing) -> None:
+        torch = self._torch
+        given, result = self._host[dtype]
         step = self._step(given.dtype, count)
-        self._views[batch.dtype][0][:count] = batch
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            between()
             step.images[:count].copy_(given[:count], non_blocking=True)
+            between()
             step.graph.replay()
+            between()
             result[:count].copy_(step.purified[:count], non_blocking=True)
             self._host_scores[:count].copy_(step.scores[:count], non_blocking=True)
-        self._flying = (batch.dtype, count)
+            between()
 
     def finish(self, purified: Images, scores: Scores) -> None:
         """Wait for the stream, and copy the results out."""

@@ -193,7 +193,7 @@ def _shuffle(x: Tensor) -> Tensor:
 def _tensors(weight: Float64, bias: Float64, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     made = torch.from_numpy(weight).to(device, dtype)
     if made.ndim == 4:
-        # With one channel ``contiguous`` would find both layouts in place, and convolutions would take it for the other.
+        # With one channel ``contiguous`` finds either layout in place, and convolutions then take it for the other.
         made = torch.empty_like(made, memory_format=torch.channels_last).copy_(made)
     return made, torch.from_numpy(bias).to(device, dtype)
 
