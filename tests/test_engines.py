@@ -612,6 +612,7 @@ ROWS = [
     {"engines", "joined_graph"},
     {"backlog", "histogram"},
     {"stream", "regions"},
+    {"regions_on_gpu"},
     {"purifier"},  # its ``submit`` and ``stream`` are a stream's
     {"demo", "purify", "integrations", "export", "doctor"},
     {"cli"},
