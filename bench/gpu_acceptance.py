@@ -32,7 +32,10 @@ SECONDS = 520.0
 COLLECT_SECONDS = 90.0
 PART_SECONDS = 240.0
 # What matters most, should time run out.
-FIRST = ("tests/test_gpu.py", "bench/test_gpu.py", "bench/test_matmul.py", "bench/test_gpu_baselines.py")
+FIRST = (
+    "tests/test_gpu.py", "tests/test_folded.py", "tests/test_region_kernels.py", "bench/test_gpu.py",
+    "bench/test_matmul.py", "bench/test_gpu_baselines.py", "tests/test_distributed.py",
+)  # fmt: skip
 OK, FAILED, NOTHING = 0, 1, 2
 
 

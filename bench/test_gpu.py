@@ -17,6 +17,7 @@ import pytest
 from bench.conftest import Measure, Record
 from bench.inputs import batches
 from bench.timeline import STAGES, overlap
+from defense_vae_fast import Purifier
 from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.engines import ENGINES, Engine
 
@@ -162,3 +163,29 @@ def test_forms_of_the_torch_engine(
         precision="fp16", forms=network.chosen().get(batch, {}), largest_error_in_levels=float(worst),
         **counts(checkpoint, batch, 2),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("work", ["100 boxes, pasted back", "tiles"])
+def test_whole_frames(work: str, quick: bool, checkpoint: Checkpoint, measure: Measure, record: Record) -> None:
+    """A frame of 1920x1080 in GPU memory: cut out, resized, purified and put together again by csrc/regions.cu."""
+    channels = checkpoint.config.channels
+    random = np.random.default_rng(0)
+    frames = itertools.cycle(
+        [torch.from_numpy(random.integers(0, 256, (1080, 1920, channels), np.uint8)).cuda() for _ in range(4)]
+    )
+    corners, sides = random.integers(0, (1700, 860), (100, 2)), random.integers(16, 220, (100, 2))
+    boxes = np.concatenate([corners, corners + sides], axis=1)
+    seconds: list[float] = []
+    with Purifier(checkpoint, engine="torch", device="cuda", max_batch=4096) as purifier:
+
+        def run(frame: Any) -> Any:
+            return purifier.tiles(frame) if work == "tiles" else purifier.regions(frame, boxes, paste=True)
+
+        call = timed(lambda: run(next(frames)), seconds)
+        measure("1920x1080 in GPU memory", call, rounds=5 if quick else 50, warmup_rounds=5)
+        given = next(frames)
+        ours, right = run(given).frame.cpu().numpy(), run(given.cpu().numpy()).frame
+    difference = np.abs(ours.astype(np.int16) - right)
+    assert difference.max() <= 4, "the timed frames are wrong"
+    record("frames", f"torch, 1920x1080, {work}", seconds=seconds[5:], device="cuda", precision="fp16",
+           largest_difference_from_host=int(difference.max()))  # fmt: skip
