@@ -124,8 +124,8 @@ def _trace_tensorrt(engine: Any, batch: Images) -> list[tuple[int, list[float]]]
                     undo.callback(worker._steps.__setitem__, (kind, bucket), step)
                 worker.finish = functools.partial(finish, number, worker, marks, worker.finish)
                 undo.callback(delattr, worker, "finish")
-        engine.run(batch[: engine.max_batch])  # a graph's first launch takes longer
-        pieces.clear()
-        origin.record(engine._workers[0].stream.handle)
-        engine.run(batch)
+        for _ in range(2):  # a graph's first launch takes longer
+            pieces.clear()
+            origin.record(engine._workers[0].stream.handle)
+            engine.run(batch)
     return pieces

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from defense_vae_fast.checkpoint import load_checkpoint
 from training import distributed, pool
+from training.__main__ import cli
 from training.data import Dataset, Split, load_dataset
 from training.distributed import Ranks
 from training.fit import CHECKPOINT_FILE, LOG_FILE, STATE_FILE, fit
@@ -177,6 +179,12 @@ def test_each_rank_has_a_device_of_its_own(
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match=message), distributed.joined(device):
         pass
+
+
+def test_other_commands_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    with pytest.raises(ValueError, match="evaluate: expected one process, got several from torchrun"):
+        CliRunner().invoke(cli, ["evaluate", "fashion_mnist"], catch_exceptions=False)
 
 
 @pytest.mark.gpu

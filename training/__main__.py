@@ -29,8 +29,14 @@ from training.step import Amp
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train a Defense-VAE purifier, and measure what it is worth."""
+    if distributed.launched() and context.invoked_subcommand != "fit":
+        raise ValueError(
+            f"{context.invoked_subcommand}: expected one process, got several from torchrun, which only 'fit' can use; "
+            "start it with 'python -m training'"
+        )
 
 
 @cli.command()

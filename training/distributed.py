@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from training.device import find_device
 
 AGREE_EVERY = 8
 """Steps between two questions whether a rank was told to stop: asking costs a message through the host."""
+_PATIENCE = timedelta(hours=24)
+"""For ranks whose hosts wait for another one, which may train classifiers; that it has gone is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +154,15 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         yield ALONE, find_device(device)
         return
     place = _device(device, int(os.environ["LOCAL_RANK"]))
-    on_cuda = place.type == "cuda"
-    if on_cuda:
+    if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=place if on_cuda else None)
-    group = dist.group.WORLD
-    words = dist.new_group(backend="gloo") if on_cuda else group
+        dist.init_process_group("nccl", device_id=place)
+        words = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    else:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+        words = dist.group.WORLD
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), group, words), place
+        yield Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, words), place
     except RuntimeError as error:
         # Not destroyed: that would wait for a rank that may be gone.
         if isinstance(error, dist.DistError) or "gloo" in str(error):
