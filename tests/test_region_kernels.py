@@ -274,6 +274,30 @@ def test_every_driver_call_of_the_launch_is_in_nvidias_bindings() -> None:
         assert hasattr(driver, name)
 
 
+def test_the_bindings_take_the_arguments_of_a_launch() -> None:
+    """They read the arguments before they look for a driver; without one they say that there is none."""
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    done = (driver.CUresult.CUDA_SUCCESS,)
+    queued: list[Any] = []
+    kernels: Any = object.__new__(cuda.Kernels)
+    kernels._context, kernels._functions = None, {"crop_boxes": driver.CUfunction(0)}
+    kernels._cuda = SimpleNamespace(
+        CUstream=driver.CUstream, cuCtxPushCurrent=lambda context: done, cuCtxPopCurrent=lambda: (*done, None),
+        cuLaunchKernel=lambda *arguments: queued.append(arguments) or done,
+    )  # fmt: skip
+    kernels.launch("crop_boxes", (3, 5), 7, ctypes.c_void_p(4096), 5, ctypes.c_void_p(0), -1)
+    (arguments,) = queued
+    assert arguments[1:8] == (3, 5, 1, cuda.BLOCK, 1, 1, 0)
+    assert int(arguments[8]) == 7
+    assert arguments[9] == ((4096, 5, 0, -1), (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int))
+    if cuda.has_device():
+        (result,) = driver.cuLaunchKernel(*arguments)
+        assert int(result) != 0  # there is no such function
+    else:
+        with pytest.raises(Exception, match="NVIDIA driver library"):
+            driver.cuLaunchKernel(*arguments)
+
+
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
