@@ -25,7 +25,10 @@ from torch import distributed as dist
 from training.device import find_device
 
 AGREE_EVERY = 8
-"""Steps between two questions whether a rank was told to stop: asking costs a message through the host."""
+"""Steps on CUDA between two questions whether a rank was told to stop: the message makes the hosts wait for each other.
+
+On the CPU, where a step takes longer than the message by far, ranks ask after every one.
+"""
 _PATIENCE = timedelta(hours=24)
 """For ranks whose hosts wait for another one, which may train classifiers; that it has gone is noticed at once."""
 

@@ -168,7 +168,7 @@ def fit(
             if epoch_ends and monitor is not None:
                 monitor.report(shipped, step, loss, recipe.rate(step - 1, steps))
             # Asked once: what is left behind here is written first.
-            together = ranks.size == 1 or epoch_ends or step % AGREE_EVERY == 0
+            together = device.type == "cpu" or ranks.size == 1 or epoch_ends or step % AGREE_EVERY == 0
             stop = together and ranks.any(stopping.is_set())
             due = epoch_ends or stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES
             if due and monitor is not None:
