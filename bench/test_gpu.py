@@ -1,8 +1,8 @@
 """GPU engines: by CUDA events where the images are in GPU memory already, and host to host by the clock.
 
-Latency at batch 1, throughput by batch and by streams, a timeline of copies and computing, time to ready, what the torch
-engine's fused layers bring, and whole frames. What they are compared with is in test_gpu_baselines.py; host to host through
-``Purifier`` is in test_engines.py.
+Latency at batch 1, throughput by batch and by streams, a timeline of copies and computing, time to ready, what the
+torch engine's fused layers bring, and whole frames. What they are compared with is in test_gpu_baselines.py; host to
+host through ``Purifier`` is in test_engines.py.
 """
 
 from __future__ import annotations
