@@ -90,7 +90,7 @@ def test_torchrun_trains_as_one_process_stops_together_and_one_process_goes_on(f
     process = torchrun(folder, "--preset", "pooled", "--steps", "100000")
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "run" / LOG_FILE).exists() and len(losses(folder / "run")) >= 5:
+        if (folder / "run" / LOG_FILE).exists() and len(losses(folder / "run")) >= 3:
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -99,7 +99,7 @@ def test_torchrun_trains_as_one_process_stops_together_and_one_process_goes_on(f
     assert output.count("stopped early") == 1
     with safe_open(folder / "run" / STATE_FILE, "pt") as file:
         made = json.loads(file.metadata()["run"])["step"]
-    assert made >= 5
+    assert made >= 3
     assert load_checkpoint(folder / "run" / CHECKPOINT_FILE).recipe["steps_made"] == made
     # Every step is an epoch of so few images, so that each left its loss.
     both = losses(folder / "run")
