@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import machine
+from bench import machine, timeline
 from bench.plot import draw, draw_stream
 from bench.report import lines, write_json
 from bench.rows import Group, Results, Row
@@ -141,4 +141,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     written = ["latest.json"]
     written += ["latest.png"] if draw(folder / "latest.png", results) else []
     written += ["latest-stream.png"] if draw_stream(folder / "latest-stream.png", results) else []
+    drawn = timeline.draw(folder / "latest-timeline.png", timeline.of_rows(row.to_dict() for row in results.rows))
+    written += ["latest-timeline.png"] if drawn else []
     terminalreporter.write_line(f"written to {folder}: {', '.join(written)}")

@@ -32,7 +32,10 @@ SECONDS = 520.0
 COLLECT_SECONDS = 90.0
 PART_SECONDS = 240.0
 # What matters most, should time run out.
-FIRST = ("tests/test_gpu.py", "bench/test_gpu.py", "bench/test_matmul.py", "bench/test_gpu_baselines.py")
+FIRST = (
+    "tests/test_gpu.py", "tests/test_folded.py", "tests/test_region_kernels.py", "bench/test_gpu.py",
+    "bench/test_matmul.py", "bench/test_gpu_baselines.py", "tests/test_distributed.py",
+)  # fmt: skip
 OK, FAILED, NOTHING = 0, 1, 2
 
 
@@ -62,12 +65,21 @@ def main() -> int:
         report["judged"] = _safely(lambda: judge(report["rows"]))
         _write(arguments.out, report)
         print(f"{path}: {part['outcome']}")
+    report["timeline"] = _safely(lambda: _draw_timeline(arguments.out.with_suffix(".timeline.png"), report["rows"]))
+    _write(arguments.out, report)
     print(json.dumps(report.get("judged"), indent=1))
     print(f"written to {arguments.out}")
     outcomes = [part["outcome"] for part in report["parts"]]
     if not outcomes or all(outcome == "skipped" for outcome in outcomes):
         return NOTHING
     return OK if all(outcome in ("passed", "skipped") for outcome in outcomes) else FAILED
+
+
+def _draw_timeline(path: Path, rows: list[dict[str, Any]]) -> str | None:
+    """Draw what the events have shown beside the record; the picture's name, or None where there is nothing to draw."""
+    from bench import timeline
+
+    return path.name if timeline.draw(path, timeline.of_rows(rows)) else None
 
 
 def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -100,6 +112,13 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         name: {str(n): ratio(by_streams.get((name, 1)), by_streams.get((name, n))) for n in (2, 4)}
         for name in {name for name, _ in by_streams}
     }
+    forms = {(row["name"], row["batch"]): row for row in rows if row["group"] == "forms"}
+    plain, chosen = (f"torch, {kind} forms" for kind in ("plain", "chosen"))
+    hidden: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        if row["group"] == "timeline":
+            details = row["details"]
+            hidden.setdefault(details["engine"], {})[str(details["streams"])] = details["overlap"]["share"]
     return {
         "engine at batch 1": one["name"] if one else None,
         "engine at its best batch": f"{large['name']}, {big}" if large else None,
@@ -113,6 +132,12 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "x Defense-GAN one image at a time": ratio(single, large),
         "x Defense-GAN at its best batch": ratio(batched, large),
         "x one stream, host to host, by streams": gains,
+        "share of copies or computing that hides behind the other, by streams": hidden,
+        "torch, x layers in plain form, by batch": {
+            str(batch): ratio(forms[plain, batch], row)
+            for (name, batch), row in forms.items()
+            if name == chosen and (plain, batch) in forms
+        },
         "roofline": _roofline(rows, large),
     }
 

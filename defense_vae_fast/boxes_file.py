@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from defense_vae_fast.regions import whole_pixels
+from defense_vae_fast.regions import check_boxes
 
 
 class BoxesError(ValueError):
@@ -53,7 +53,7 @@ class Boxes:
         """
         for number, boxes in self._frames.values():
             try:
-                whole_pixels(boxes, (height, width))
+                check_boxes(boxes, (height, width))
             except ValueError as error:  # noqa: PERF203 - each line has its own
                 raise self._error(number, str(error)) from error
 

@@ -2,7 +2,8 @@
 
 PyCUDA makes contexts, streams, memory, copies and launches. What it lacks, graphs and events on a caller's stream, is
 called in NVIDIA's own bindings (``cuda.bindings.driver``); the kernels are compiled by NVRTC through ``cuda.core``. No
-module here is imported before it is needed, and the kernels compile on a machine without any GPU.
+module here is imported before it is needed, and the kernels compile on a machine without any GPU. Kernels that run on
+arrays and streams of a caller's library need neither (:class:`Kernels`), so that they work without PyCUDA.
 """
 
 from __future__ import annotations
@@ -31,8 +32,14 @@ from defense_vae_fast.atomic import replacing
 EXTRA = "cuda"
 # Device code lies in the installed package, or at the top of a checkout.
 _HERE = Path(__file__).parent
-KERNELS = (_HERE if (_HERE / "csrc").is_dir() else _HERE.parent) / "csrc" / "frames.cu"
-KERNEL_NAMES = ("gather_frames", "scatter_frames", "reconstruction_error")
+_SOURCES = (_HERE if (_HERE / "csrc").is_dir() else _HERE.parent) / "csrc"
+FRAMES = _SOURCES / "frames.cu"
+REGIONS = _SOURCES / "regions.cu"
+KERNELS = {
+    FRAMES: ("gather_frames", "scatter_frames", "reconstruction_error"),
+    REGIONS: ("crop_boxes", "paste_boxes", "blend_tiles"),
+}
+"""Files of device code, and the kernels in each."""
 BLOCK = 256
 """Threads in a block of every kernel, as their launch bounds say."""
 _CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -213,7 +220,7 @@ class Device:
         """A kernel of ``csrc/frames.cu``, prepared for ``prepared_async_call`` with arguments of these struct codes."""
         with self._loading, self:
             if "frames" not in self._modules:
-                self._modules["frames"] = self.driver.module_from_buffer(kernels(self.compute_capability))
+                self._modules["frames"] = self.driver.module_from_buffer(kernels(FRAMES, self.compute_capability))
             function = self._modules["frames"].get_function(name)
         return function.prepare(arguments)
 
@@ -355,6 +362,57 @@ class Graph:
         call(self._cuda, self._cuda.cuGraphExecDestroy, self._executable)
 
 
+class Kernels:
+    """The kernels of a file on one GPU, launched on whichever stream of its primary context.
+
+    Attributes:
+        ordinal: number of the GPU among the visible ones.
+    """
+
+    def __init__(self, ordinal: int, source: Path) -> None:
+        from cuda.bindings import driver
+
+        self.ordinal = ordinal
+        self._cuda = driver
+        cubin = kernels(source, compute_capability(ordinal))
+        call(driver, driver.cuInit, 0)
+        # Kept until the process ends, as torch and CuPy keep it.
+        self._context = call(driver, driver.cuDevicePrimaryCtxRetain, call(driver, driver.cuDeviceGet, ordinal))
+        call(driver, driver.cuCtxPushCurrent, self._context)
+        try:
+            module = call(driver, driver.cuModuleLoadData, cubin)
+            self._functions = {
+                name: call(driver, driver.cuModuleGetFunction, module, name.encode()) for name in KERNELS[source]
+            }
+        finally:
+            call(driver, driver.cuCtxPopCurrent)
+
+    @staticmethod
+    @functools.cache
+    def get(ordinal: int, source: Path) -> Kernels:
+        """The one object for a GPU and a file.
+
+        Raises:
+            CompileError: NVRTC is not installed or refuses the source.
+            CudaError: there is no such GPU, or it does not load the kernels.
+        """
+        return Kernels(ordinal, source)
+
+    def launch(self, name: str, grid: tuple[int, int], stream: int, *arguments: int | ctypes.c_void_p) -> None:
+        """Queue a kernel with ``BLOCK`` threads a block on the stream of this handle; ints are C ints."""
+        cuda = self._cuda
+        values = tuple((value.value or 0) if isinstance(value, ctypes.c_void_p) else value for value in arguments)
+        kinds = tuple(ctypes.c_void_p if isinstance(value, ctypes.c_void_p) else ctypes.c_int for value in arguments)
+        call(cuda, cuda.cuCtxPushCurrent, self._context)
+        try:
+            call(
+                cuda, cuda.cuLaunchKernel, self._functions[name], *grid, 1, BLOCK, 1, 1, 0, cuda.CUstream(stream),
+                (values, kinds), 0,
+            )  # fmt: skip
+        finally:
+            call(cuda, cuda.cuCtxPopCurrent)
+
+
 def call(cuda: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function of ``cuda.bindings.driver`` and give its one result, or None.
 
@@ -369,19 +427,21 @@ def call(cuda: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     return results[0] if results else None
 
 
-def kernels(compute_capability: str) -> bytes:
-    """The cubin of ``csrc/frames.cu`` for a compute capability, from the cache or compiled now.
+def kernels(source: Path, compute_capability: str) -> bytes:
+    """The cubin of a file of ``csrc/`` for a compute capability, from the cache or compiled now.
 
     Raises:
         CompileError: NVRTC is not installed or refuses the source.
     """
-    import cuda.core
-    from cuda.bindings import nvrtc
+    try:
+        import cuda.core
+        from cuda.bindings import nvrtc
 
-    _, *version = nvrtc.nvrtcVersion()
-    source = KERNELS.read_bytes()
+        _, *version = nvrtc.nvrtcVersion()
+    except Exception as error:  # cuda-pathfinder's own error where the library is missing
+        raise CompileError(f"{error}; install NVRTC with: pip install 'defense-vae-fast[nvrtc]'") from error
     key = {
-        "source": hashlib.sha256(source).hexdigest(),
+        "source": hashlib.sha256(source.read_bytes()).hexdigest(),
         "compute_capability": compute_capability,
         "nvrtc": ".".join(map(str, version)),
         "cuda-core": cuda.core.__version__,
@@ -390,7 +450,7 @@ def kernels(compute_capability: str) -> bytes:
     path = cache.folder("kernels") / f"{stem}.cubin"
     if (cubin := _cached(path, key)) is not None:
         return cubin
-    cubin, _ = compile_kernels(compute_capability)
+    cubin, _ = compile_kernels(source, compute_capability)
     path.with_suffix(".json").unlink(missing_ok=True)
     with replacing(path) as file:
         file.write(cubin)
@@ -399,8 +459,8 @@ def kernels(compute_capability: str) -> bytes:
     return cubin
 
 
-def compile_kernels(compute_capability: str) -> tuple[bytes, str]:
-    """Compile ``csrc/frames.cu`` with NVRTC, which needs no GPU.
+def compile_kernels(source: Path, compute_capability: str) -> tuple[bytes, str]:
+    """Compile a file of ``csrc/`` with NVRTC, which needs no GPU.
 
     Returns:
         The cubin, and the assembler's report of registers, shared memory and spills.
@@ -417,7 +477,7 @@ def compile_kernels(compute_capability: str) -> tuple[bytes, str]:
     if headers is None:
         raise CompileError(f"the CUDA headers are missing; install them with: pip install 'defense-vae-fast[{EXTRA}]'")
     options = ProgramOptions(
-        name=KERNELS.name,
+        name=source.name,
         arch=f"sm_{compute_capability.replace('.', '')}",
         std="c++17",
         include_path=[headers],
@@ -425,9 +485,9 @@ def compile_kernels(compute_capability: str) -> tuple[bytes, str]:
     )
     log = io.StringIO()
     try:
-        code = Program(KERNELS.read_text(), "c++", options).compile("cubin", logs=log)
+        code = Program(source.read_text(), "c++", options).compile("cubin", logs=log)
     except Exception as error:  # cuda.core's errors have no common class
-        raise CompileError(f"{KERNELS.name} for {options.arch}: {error} {log.getvalue()}".strip(" \0\n")) from error
+        raise CompileError(f"{source.name} for {options.arch}: {error} {log.getvalue()}".strip(" \0\n")) from error
     return bytes(code.code), log.getvalue()
 
 

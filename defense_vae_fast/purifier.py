@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 from weakref import WeakSet
 
 import numpy as np
-import numpy.typing as npt
 
-from defense_vae_fast import __version__
+from defense_vae_fast import __version__, regions_on_gpu
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.backlog import WhenFull
 from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint
-from defense_vae_fast.engines import label, select
+from defense_vae_fast.engines import device_arrays, label, select
 from defense_vae_fast.engines.base import DEFAULT_MAX_BATCH, EngineUnavailable
 from defense_vae_fast.images import ImageReader
 from defense_vae_fast.regions import Method, Regions, Tiles, purify_regions, purify_tiles
@@ -227,7 +226,7 @@ class Purifier:
 
     def regions(
         self,
-        frame: npt.NDArray[np.uint8],
+        frame: Any,
         boxes: Any,
         *,
         size: int | tuple[int, int] | None = None,
@@ -240,7 +239,9 @@ class Purifier:
         how much.
 
         Args:
-            frame: uint8 (H, W) or (H, W, C) in 0..255, with the network's channels; only read.
+            frame: uint8 (H, W) or (H, W, C) in 0..255, with the network's channels; only read. A NumPy array, or a
+                torch tensor or CuPy array on a GPU, where it then stays: images, scores and frame come back as such
+                arrays, made in the order of the caller's stream, and rows may lie apart (extra ``nvrtc``).
             boxes: (N, 4) numbers (left, top, right, bottom) in pixels; widened to whole pixels and cut at the frame's
                 edge. N may be 0.
             size: side, or (height, width), of the images that come back, a classifier's for instance; None for the
@@ -252,22 +253,29 @@ class Purifier:
         Raises:
             TypeError: ``frame`` is no uint8 array.
             ValueError: a wrong shape, or a box without a pixel in the frame.
-            RuntimeError: the Purifier is closed.
+            RuntimeError: the Purifier is closed, or the kernels for a frame on a GPU cannot be compiled.
         """
+        if device_arrays.on_gpu(frame):
+            return regions_on_gpu.purify_regions(
+                self._purify_scored, self.config, frame, boxes, size, resize, paste
+            )  # fmt: skip
         return purify_regions(self._purify_scored, self.config, frame, boxes, size, resize, paste)
 
-    def tiles(self, frame: npt.NDArray[np.uint8], *, overlap: int | None = None) -> Tiles:
+    def tiles(self, frame: Any, *, overlap: int | None = None) -> Tiles:
         """Purify a whole frame at its own scale, in overlapping tiles of the network's size whose seams are blended.
 
         Args:
             frame: uint8 (H, W) or (H, W, C) in 0..255, with the network's channels, at least a tile large; only read.
+                On a GPU as in :meth:`regions`.
             overlap: pixels that neighbouring tiles share, at most half a tile; None for a quarter.
 
         Raises:
             TypeError: ``frame`` is no uint8 array.
             ValueError: a wrong shape or overlap.
-            RuntimeError: the Purifier is closed.
+            RuntimeError: as :meth:`regions`.
         """
+        if device_arrays.on_gpu(frame):
+            return regions_on_gpu.purify_tiles(self._purify_scored, self.config, frame, overlap)
         return purify_tiles(self._purify_scored, self.config, frame, overlap)
 
     def _purify_scored(self, images: Any) -> tuple[Any, Any]:

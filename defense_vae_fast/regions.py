@@ -2,7 +2,8 @@
 
 :func:`resize` is OpenCV's where that is installed (``pip install 'defense-vae-fast[regions]'``) and else
 :func:`resize_reference`, a plain NumPy one that says what is meant; they differ by a grey level where a sum of weights
-rounds, and nowhere else.
+rounds, and nowhere else. Frames in GPU memory are for :mod:`defense_vae_fast.regions_on_gpu`, whose kernels have
+:func:`crop_boxes`, :func:`paste_boxes` and :func:`blend_tiles` for their specification.
 """
 
 from __future__ import annotations
@@ -58,23 +59,16 @@ def purify_regions(
 ) -> Regions:
     """What :meth:`Purifier.regions` does; ``purify`` is the network of ``config``."""
     pixels = _frame(frame, config)
-    places = whole_pixels(boxes, pixels.shape[:2])
+    places = check_boxes(boxes, pixels.shape[:2])
     side = config.image_size
-    height, width = _size(side if size is None else size)
-    _check_method(method)
-    crops = np.empty((len(places), side, side, config.channels), np.uint8)
-    for crop, (left, top, right, bottom) in zip(crops, places, strict=True):
-        crop[...] = resize(pixels[top:bottom, left:right], (side, side), method)
+    height, width = check_size(side if size is None else size)
+    check_method(method)
+    crops = crop_boxes(pixels, places, (side, side), method)
     if len(places):
         purified, scores = purify(crops)
     else:
         purified, scores = crops, np.empty(0, np.float32)
-    result = None
-    if paste:
-        result = pixels.copy()
-        for image, (left, top, right, bottom) in zip(purified, places, strict=True):
-            result[top:bottom, left:right] = resize(image, (bottom - top, right - left), method)
-        result = result.reshape(frame.shape)
+    result = paste_boxes(pixels, places, purified, method).reshape(frame.shape) if paste else None
     images = purified
     if (height, width) != (side, side):
         images = np.empty((len(places), height, width, config.channels), np.uint8)
@@ -87,30 +81,70 @@ def purify_tiles(purify: Purify, config: VAEConfig, frame: Array, overlap: int |
     """What :meth:`Purifier.tiles` does; ``purify`` is the network of ``config``."""
     pixels = _frame(frame, config)
     side = config.image_size
-    height, width = pixels.shape[:2]
-    overlap = side // 4 if overlap is None else overlap
-    if type(overlap) is not int or not 0 <= overlap <= side // 2:
-        raise ValueError(f"overlap: expected an int from 0 to {side // 2}, half a tile, got {overlap!r}")
+    overlap = check_overlap(overlap, side)
+    places, grid = tile_boxes(pixels.shape[:2], side, overlap)
+    tiles = np.empty((len(places), side, side, config.channels), np.uint8)
+    scores = np.empty(len(places), np.float32)
+    for first in range(0, len(places), _TILES_AT_ONCE):
+        some = slice(first, first + _TILES_AT_ONCE)
+        tiles[some], scores[some] = purify(crop_boxes(pixels, places[some], (side, side)))
+    return Tiles(blend_tiles(tiles, pixels.shape[:2], overlap).reshape(frame.shape), scores.reshape(grid))
+
+
+def crop_boxes(frame: Array, boxes: Array, size: tuple[int, int], method: Method = "area") -> Array:
+    """Boxes (N, 4) of a uint8 frame (H, W, C), resized: (N, height, width, C)."""
+    crops = np.empty((len(boxes), *size, frame.shape[2]), np.uint8)
+    for crop, (left, top, right, bottom) in zip(crops, boxes, strict=True):
+        crop[...] = resize(frame[top:bottom, left:right], size, method)
+    return crops
+
+
+def paste_boxes(frame: Array, boxes: Array, images: Array, method: Method) -> Array:
+    """A copy of the frame with images (N, side, side, C) resized into its boxes, later ones over earlier ones."""
+    result: Array = frame.copy()
+    for image, (left, top, right, bottom) in zip(images, boxes, strict=True):
+        result[top:bottom, left:right] = resize(image, (bottom - top, right - left), method)
+    return result
+
+
+def blend_tiles(tiles: Array, shape: tuple[int, int], overlap: int) -> Array:
+    """The frame (height, width, C) that uint8 tiles (N, side, side, C) at :func:`tile_boxes` make together."""
+    side, channels = tiles.shape[2:]
+    height, width = shape
+    ramp = _ramp(side, overlap)
+    weight = (ramp[:, None] * ramp)[..., None]
+    total = np.zeros((height, width, channels), np.float32)
+    for tile, (left, top, right, bottom) in zip(tiles, tile_boxes(shape, side, overlap)[0], strict=True):
+        total[top:bottom, left:right] += weight * tile
+    # The weights of a pixel's tiles are those of its row times those of its column.
+    rows, columns = (_coverage(length, _starts(length, side, overlap), ramp) for length in shape)
+    total /= (rows[:, None] * columns)[..., None]
+    result: Array = np.rint(total, out=total).astype(np.uint8)
+    return result
+
+
+def tile_boxes(shape: tuple[int, ...], side: int, overlap: int) -> tuple[Array, tuple[int, int]]:
+    """The tiles of a frame of ``shape`` (height, width), row by row: int64 (N, 4), and (rows, columns).
+
+    Raises:
+        ValueError: the frame is smaller than a tile.
+    """
+    height, width = shape
     if min(height, width) < side:
         raise ValueError(
             f"frame: expected at least {side}x{side} pixels, got {width}x{height}; pad it, or use Purifier.regions"
         )
     tops, lefts = _starts(height, side, overlap), _starts(width, side, overlap)
-    places = [(top, left) for top in tops for left in lefts]
-    ramp = _ramp(side, overlap)
-    weight = (ramp[:, None] * ramp)[..., None]
-    total = np.zeros(pixels.shape, np.float32)
-    scores = np.empty(len(places), np.float32)
-    for first in range(0, len(places), _TILES_AT_ONCE):
-        some = places[first : first + _TILES_AT_ONCE]
-        tiles = np.stack([pixels[top : top + side, left : left + side] for top, left in some])
-        purified, scores[first : first + len(some)] = purify(tiles)
-        for tile, (top, left) in zip(purified, some, strict=True):
-            total[top : top + side, left : left + side] += weight * tile
-    # The weights of a pixel's tiles are those of its row times those of its column.
-    total /= (_coverage(height, tops, ramp)[:, None] * _coverage(width, lefts, ramp))[..., None]
-    result = np.rint(total, out=total).astype(np.uint8)
-    return Tiles(result.reshape(frame.shape), scores.reshape(len(tops), len(lefts)))
+    places = np.array([(left, top, left + side, top + side) for top in tops for left in lefts], np.int64)
+    return places, (len(tops), len(lefts))
+
+
+def check_overlap(overlap: int | None, side: int) -> int:
+    """``overlap`` itself, or the default where it is None."""
+    overlap = side // 4 if overlap is None else overlap
+    if type(overlap) is not int or not 0 <= overlap <= side // 2:
+        raise ValueError(f"overlap: expected an int from 0 to {side // 2}, half a tile, got {overlap!r}")
+    return overlap
 
 
 def resize(image: Array, size: tuple[int, int], method: Method = "area") -> Array:
@@ -200,7 +234,7 @@ def _frame(frame: Any, config: VAEConfig) -> Array:
     return pixels
 
 
-def whole_pixels(boxes: Any, shape: tuple[int, ...]) -> Array:
+def check_boxes(boxes: Any, shape: tuple[int, ...]) -> Array:
     """(N, 4) boxes -> int64 (N, 4) whole pixels inside a frame of ``shape`` (H, W).
 
     Raises:
@@ -224,7 +258,7 @@ def whole_pixels(boxes: Any, shape: tuple[int, ...]) -> Array:
     return places
 
 
-def _size(size: Any) -> tuple[int, int]:
+def check_size(size: Any) -> tuple[int, int]:
     """(height, width) of what comes back."""
     sides = size if isinstance(size, tuple) else (size, size)
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
@@ -232,6 +266,7 @@ def _size(size: Any) -> tuple[int, int]:
     return sides
 
 
-def _check_method(method: str) -> None:
+def check_method(method: str) -> None:
+    """Raise a ValueError unless it is one of :data:`METHODS`."""
     if method not in METHODS:
         raise ValueError(f"resize: expected 'area' or 'bilinear', got {method!r}")

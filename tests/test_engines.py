@@ -607,10 +607,12 @@ def test_torch_is_imported_in_nn_and_its_engine_alone():
 ROWS = [
     {"architecture", "atomic", "cache"},
     {"checkpoint", "files", "images", "frames"},
-    {"onnx_graph", "contact_sheet", "nn", "cuda"},
+    {"onnx_graph", "contact_sheet", "cuda"},
+    {"nn"},
     {"engines", "joined_graph"},
     {"backlog", "histogram"},
     {"stream", "regions"},
+    {"regions_on_gpu"},
     {"purifier"},  # its ``submit`` and ``stream`` are a stream's
     {"demo", "purify", "integrations", "export", "doctor"},
     {"cli"},

@@ -5,24 +5,17 @@ the twins, and the same source compiled for every GPU generation. The run on a G
 from __future__ import annotations
 
 import ctypes
-import re
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from cpu_kernels import CAPABILITIES, REGISTERS, compiled, resources
 from PIL import Image
 from torch.nn import functional as F
 
 from defense_vae_fast import cuda, frames
 from defense_vae_fast.frames import FILTERS, ORDERS, Frame, gather_frames, pack, reconstruction_error, scatter_frames
-
-CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-REGISTERS = 64  # with 256 threads a block, four blocks share the 65,536 registers of a multiprocessor
-SHIM = Path(__file__).parent / "cuda_on_cpu"
 
 
 def frame(height, width, order, seed=0):
@@ -86,20 +79,7 @@ def test_a_frame_of_the_networks_size_survives_the_round_trip(order):
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """csrc/frames.cu compiled by the C++ compiler, as functions on numpy arrays."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the kernels for the CPU with")
-    folder = tmp_path_factory.mktemp("kernels")
-    probe = folder / "probe.cpp"
-    probe.write_text("#include <barrier>\nint main() { _Float16 half = 1; return static_cast<int>(half) - 1; }")
-    options = ["-std=c++20", "-O1", "-pthread", "-fPIC", "-shared", "-w"]
-    if subprocess.run([compiler, *options, "-o", folder / "probe.so", probe], capture_output=True).returncode:
-        pytest.skip("this g++ has no _Float16 or no std::barrier")
-    library = folder / "kernels.so"
-    command = [compiler, *options, f'-DFRAMES_CU="{cuda.KERNELS}"', "-I", SHIM, "-o", library, SHIM / "kernels.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+    return compiled(cuda.FRAMES, tmp_path_factory.mktemp("frames"))
 
 
 def pointer(array):
@@ -185,7 +165,7 @@ def test_the_table_has_the_kernels_layout(kernels):
 @pytest.fixture(scope="module")
 def nvrtc():
     try:
-        return {capability: cuda.compile_kernels(capability) for capability in CAPABILITIES}
+        return {capability: cuda.compile_kernels(cuda.FRAMES, capability) for capability in CAPABILITIES}
     except cuda.CompileError as error:
         if "pip install" in str(error):
             pytest.skip(str(error))
@@ -196,14 +176,9 @@ def nvrtc():
 def test_kernels_compile_and_keep_within_their_resources(nvrtc, capability):
     cubin, report = nvrtc[capability]
     assert cubin.startswith(b"\x7fELF")
-    for name in cuda.KERNEL_NAMES:
+    for name in cuda.KERNELS[cuda.FRAMES]:
         assert name.encode() in cubin
-        (text,) = re.findall(rf"entry function '{name}'.*?Compile time", report, re.DOTALL)
-        used = SimpleNamespace(
-            registers=int(re.search(r"Used (\d+) registers", text)[1]),
-            shared=int((re.search(r"(\d+) bytes smem", text) or [0, 0])[1]),
-            stack=list(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", text))),
-        )
+        used = resources(report, name)
         assert used.registers <= REGISTERS
         assert used.shared == (4 * cuda.BLOCK if name == "reconstruction_error" else 0)
         assert used.stack == [0, 0, 0]  # frame, spilled stores and loads: no local memory
@@ -211,23 +186,25 @@ def test_kernels_compile_and_keep_within_their_resources(nvrtc, capability):
 
 def test_the_second_compilation_comes_from_the_cache(nvrtc, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled = []
-    monkeypatch.setattr(cuda, "compile_kernels", lambda capability: compiled.append(capability) or nvrtc[capability])
-    assert cuda.kernels("9.0") == cuda.kernels("9.0") == nvrtc["9.0"][0]
-    assert compiled == ["9.0"]
-    assert cuda.kernels("8.0") == nvrtc["8.0"][0]
+    made = []
+    monkeypatch.setattr(
+        cuda, "compile_kernels", lambda source, capability: made.append(capability) or nvrtc[capability]
+    )
+    assert cuda.kernels(cuda.FRAMES, "9.0") == cuda.kernels(cuda.FRAMES, "9.0") == nvrtc["9.0"][0]
+    assert made == ["9.0"]
+    assert cuda.kernels(cuda.FRAMES, "8.0") == nvrtc["8.0"][0]
     (cubin,) = [path for path in tmp_path.rglob("*.cubin") if path.read_bytes() == nvrtc["9.0"][0]]
     for damage in (lambda: cubin.write_bytes(b"\x7fELF"), lambda: cubin.with_suffix(".json").write_text("[]")):
         damage()
-        assert cuda.kernels("9.0") == nvrtc["9.0"][0]
-    assert compiled == ["9.0", "8.0", "9.0", "9.0"]
+        assert cuda.kernels(cuda.FRAMES, "9.0") == nvrtc["9.0"][0]
+    assert made == ["9.0", "8.0", "9.0", "9.0"]
 
 
-def test_a_mistake_in_a_kernel_is_told(nvrtc, tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda, "KERNELS", tmp_path / "wrong.cu")
-    cuda.KERNELS.write_text("extern C __global__ void gather_frames() {}")
+def test_a_mistake_in_a_kernel_is_told(nvrtc, tmp_path):
+    wrong = tmp_path / "wrong.cu"
+    wrong.write_text("extern C __global__ void gather_frames() {}")
     with pytest.raises(cuda.CompileError, match=r"(?s)wrong\.cu for sm_90: .*explicit type is missing"):
-        cuda.compile_kernels("9.0")
+        cuda.compile_kernels(wrong, "9.0")
 
 
 # --- Frame -----------------------------------------------------------------------------------------------------------

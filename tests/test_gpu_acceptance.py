@@ -24,7 +24,7 @@ def test_without_a_gpu_it_lists_what_would_run_and_says_so(tmp_path):
     report = json.loads(out.read_text())
     assert "there is no GPU here" in report["gpu"]
     assert report["gpus"] == report["parts"] == report["rows"] == []
-    assert {"tests/test_gpu.py", "bench/test_gpu.py", "bench/test_gpu_baselines.py"} <= set(report["collected"])
+    assert set(gpu_acceptance.FIRST) <= set(report["collected"])
     assert "judged" not in report
 
 
@@ -73,6 +73,11 @@ def test_the_judgement_is_reckoned_from_the_rows():
         row("engine", "torch, engine alone", 1, 90e-6, device="cuda"),
         row("engine", "torch, 1 streams of 256", 4096, 4e-6, device="cuda", streams=1),
         row("engine", "torch, 2 streams of 256", 4096, 2e-6, device="cuda", streams=2),
+        row("forms", "torch, plain forms", 256, 3e-6),
+        row("forms", "torch, chosen forms", 256, 2e-6),
+        row("forms", "torch, chosen forms", 64, 2e-6),
+        row("timeline", "torch, 1 streams of 256", 4096, 1e-6, engine="torch", streams=1, overlap={"share": 0.0}),
+        row("timeline", "torch, 3 streams of 256", 4096, 1e-6, engine="torch", streams=3, overlap={"share": 0.75}),
         row("engine", "openvino", 1, 1e-9, device="cpu"),
         row("matmul", "matrix product", 1, 1e-3, device="cuda", precision="fp16", flop=1e12),
         row("copy", "copy within the GPU", 1, 1e-3, device="cuda", bytes=1e9),
@@ -88,11 +93,20 @@ def test_the_judgement_is_reckoned_from_the_rows():
     assert judged["x Defense-GAN one image at a time"] == pytest.approx(500_000)
     assert judged["x Defense-GAN at its best batch"] == pytest.approx(20_000)
     assert judged["x one stream, host to host, by streams"] == {"torch": {"2": pytest.approx(2.0), "4": None}}
+    assert judged["share of copies or computing that hides behind the other, by streams"] == {
+        "torch": {"1": 0.0, "3": 0.75}
+    }
+    assert judged["torch, x layers in plain form, by batch"] == {"256": pytest.approx(1.5)}
     # 1e15 FLOP/s and 1e12 bytes/s allow 1e-13 and 1e-11 seconds; memory is the roof.
     assert judged["roofline"]["share reached"] == pytest.approx(1e-11 / 1e-6)
 
 
 def test_nothing_measured_is_none_and_no_error():
     judged = gpu_acceptance.judge([])
-    assert judged.pop("x one stream, host to host, by streams") == {}
+    for name in (
+        "x one stream, host to host, by streams",
+        "share of copies or computing that hides behind the other, by streams",
+        "torch, x layers in plain form, by batch",
+    ):
+        assert judged.pop(name) == {}
     assert set(judged.values()) == {None}

@@ -315,6 +315,26 @@ def test_the_seed_decides_the_noise(device: str) -> None:
     assert torch.equal(draw(5)[0], reparameterize(zeros, zeros, generator, kernels="triton")[0])
 
 
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_a_share_of_a_batch_gets_the_noise_that_it_has_in_the_whole(kernels: selection.Kernels, device: str) -> None:
+    """And in the backward the same: logvar's gradient is noise / 2 here."""
+
+    def draw(mu: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        logvar = torch.zeros_like(mu).requires_grad_()
+        torch.manual_seed(3)
+        z, _ = reparameterize(mu, logvar, rows=rows, kernels=kernels)
+        z.sum().backward()
+        assert logvar.grad is not None
+        return z.detach(), logvar.grad
+
+    z, gradient = draw(torch.zeros(9, 5, device=device), (0, 1))
+    for first in range(3):
+        part, part_gradient = draw(torch.zeros(3, 5, device=device), (first, 3))
+        assert torch.equal(part, z[first::3])
+        assert torch.equal(part_gradient, gradient[first::3])
+    assert not torch.equal(z[0::3], z[1::3])
+
+
 def test_an_unused_infinite_divergence_does_no_harm(device: str) -> None:
     mu = torch.zeros(2, 3, device=device, requires_grad=True)
     logvar = torch.full((2, 3), 100.0, device=device, requires_grad=True)

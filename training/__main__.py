@@ -19,7 +19,7 @@ from defense_vae_fast.atomic import replacing
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, load_checkpoint, resolve, save_checkpoint
 from defense_vae_fast.nn.kernels.selection import Kernels
 from defense_vae_fast.nn.model import DefenseVAE
-from training import card_commands, classifiers, defence_commands, pool, recipe, table_commands
+from training import card_commands, classifiers, defence_commands, distributed, pool, recipe, table_commands
 from training.attacks import PAPER_TEST_ATTACKS, Attack
 from training.data import load_dataset
 from training.device import find_device, place
@@ -29,8 +29,14 @@ from training.step import Amp
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train a Defense-VAE purifier, and measure what it is worth."""
+    if distributed.launched() and context.invoked_subcommand != "fit":
+        raise ValueError(
+            f"{context.invoked_subcommand}: expected one process, got several from torchrun, which only 'fit' can use; "
+            "start it with 'python -m training'"
+        )
 
 
 @cli.command()
@@ -85,17 +91,20 @@ def fit(
       pooled  fresh attacks on seven classifiers, the shipped recipe: one to two hours
       polish  its second part, after --init: one hour on one core
 
+    On several GPUs, or several CPU sockets, torchrun starts a process for each; they share every batch, so the recipe
+    and its batch stay as they are.
+
     \b
     Examples:
       python -m training fit fashion_mnist --preset quick
       python -m training fit fashion_mnist --preset paper --kl-weight 1
       python -m training fit path/to/images --classifier my_package.my_module:make_classifier
+      torchrun --nproc-per-node 4 -m training fit fashion_mnist --preset paper
     """
     from training.fit import fit as run
 
     if own and names:
         raise ValueError("fit: expected --classifier or --classifiers, got both; name one")
-    where = find_device(device)
     chosen = recipe.preset(
         preset, steps=steps, epochs=0 if steps else None, kl_weight=kl_weight, latent_dim=latent_dim, seed=seed,
         classifiers=(own,) if own else tuple(names.split(",")) if names else None,
@@ -103,21 +112,27 @@ def fit(
     if not own:
         pool.check_names(chosen.classifiers)
     start = load_checkpoint(init) if init else None
-    images = load_dataset(dataset, data)
-    out = out or RUNS / f"{images.name}-{preset}"
-    attacked = {
-        name: pool.own(name, images, where) if own else pool.for_run(name, images, out, classifier_epochs, where)
-        for name in chosen.classifiers
-    }
-    begun = time.monotonic()
-    result = run(
-        images, attacked, chosen, out, device=where, init=start, resume=resume, tensorboard=tensorboard, amp=amp,
-        kernels=kernels, cuda_graph=cuda_graph,
-    )  # fmt: skip
-    spent = time.monotonic() - begun
-    click.echo(f"{result.checkpoint} (step {result.step} of {result.steps}, in {spent:,.0f} s, pairs included)")
+    with distributed.joined(device) as (ranks, where):
+        with ranks.first_alone():
+            images = load_dataset(dataset, data)
+            out = out or RUNS / f"{images.name}-{preset}"
+            attacked = {
+                name: pool.own(name, images, where)
+                if own
+                else pool.for_run(name, images, out, classifier_epochs, where)
+                for name in chosen.classifiers
+            }
+        begun = time.monotonic()
+        result = run(
+            images, attacked, chosen, out, device=where, init=start, resume=resume, tensorboard=tensorboard, amp=amp,
+            kernels=kernels, cuda_graph=cuda_graph, ranks=ranks,
+        )  # fmt: skip
+        spent = time.monotonic() - begun
+    if ranks.first:
+        click.echo(f"{result.checkpoint} (step {result.step} of {result.steps}, in {spent:,.0f} s, pairs included)")
     if not result.finished:
-        click.echo("stopped early; the checkpoint is usable as it is, and --resume goes on", err=True)
+        if ranks.first:
+            click.echo("stopped early; the checkpoint is usable as it is, and --resume goes on", err=True)
         sys.exit(130)
 
 
@@ -311,7 +326,7 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        click.echo(f"error{distributed.name()}: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
 
 

@@ -28,7 +28,11 @@ class Attack(Protocol):
     def __call__(
         self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Attacked images; ``generator`` feeds whatever the attack draws at random."""
+        """Attacked images; ``generator`` feeds whatever the attack draws at random.
+
+        An attack that draws has a method ``noise(images, generator)`` that draws the same and does nothing else, so
+        that a process that leaves images to another one can stay in step.
+        """
 
 
 @torch.no_grad()
@@ -103,9 +107,12 @@ class RandFGSM:
         self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         _check(images, labels)
-        noise = torch.randn(images.shape, generator=generator, device=images.device).sign()
-        start = (images + self.alpha * noise.to(images)).clamp(0, 1)
+        start = (images + self.alpha * self.noise(images, generator).to(images)).clamp(0, 1)
         return FGSM(self.epsilon - self.alpha)(classifier, start, labels)
+
+    def noise(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """All that is drawn at random for these images: signs."""
+        return torch.randn(images.shape, generator=generator, device=images.device).sign()
 
 
 @dataclass(frozen=True)
@@ -126,16 +133,26 @@ class PGD:
         _check_epsilon(self.epsilon)
 
     def __call__(
-        self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        self,
+        classifier: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
+        """``noise`` is what :meth:`noise` would draw."""
         _check(images, labels)
         epsilon = _as_column(self.epsilon, images)
-        noise = torch.rand(images.shape, generator=generator, device=images.device).to(images) * 2 - 1
-        attacked = (images + epsilon * noise).clamp(0, 1)
+        start = self.noise(images, generator) if noise is None else noise
+        attacked = (images + epsilon * (start.to(images) * 2 - 1)).clamp(0, 1)
         for _ in range(self.steps):
             step = epsilon * self.relative_step * _loss_gradient(classifier, attacked, labels).sign()
             attacked = torch.clamp(attacked + step, images - epsilon, images + epsilon).clamp(0, 1)
         return attacked
+
+    def noise(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """All that is drawn at random for these images: uniform in [0, 1)."""
+        return torch.rand(images.shape, generator=generator, device=images.device)
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,7 @@ def retrain_command(
     help="Start the classifier from this file of 'retrain' instead of its own weights, as the paper does.",
 )
 @click.option("--from-scratch", is_flag=True, help="Start both from random weights.")
-@click.option(
-    "--lambda", "classifier_weight", type=float, default=5.0, help="Weight of the cross-entropy, equation 5."
-)
+@click.option("--lambda", "classifier_weight", type=float, default=5.0, help="Weight of the cross-entropy, equation 5.")
 @click.option("--kl-weight", type=float, default=0.0, help="Weight of the KL term.")
 @pairs_option
 @steps_option

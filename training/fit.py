@@ -26,6 +26,7 @@ from defense_vae_fast.nn.model import DefenseVAE
 from training.attacks import FGSM, predict
 from training.data import Dataset, Split, to_float
 from training.device import place
+from training.distributed import AGREE_EVERY, ALONE, Ranks
 from training.pairs import PairSource, attack_all, pair_source
 from training.progress import bar
 from training.recipe import Recipe
@@ -67,11 +68,15 @@ def fit(
     amp: Amp = "bf16",
     kernels: Kernels = "auto",
     cuda_graph: bool = True,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Train, writing the state, the purifier and a log into ``out`` at the end of every epoch and every two minutes.
 
     Ctrl-C or SIGTERM stops after the current step and leaves a usable checkpoint; ``resume`` goes on from there, on the
     CPU with the same bits as an uninterrupted run (on CUDA, cuDNN's convolutions may sum in another order each time).
+
+    Several ranks make the batches of one process together (see :mod:`training.distributed`), and a run may be resumed
+    by another number of them. A signal to any of them stops all after the same step.
 
     Args:
         data: the data set; training uses its training split, the log its validation split, nothing its test split.
@@ -79,19 +84,21 @@ def fit(
         recipe: everything that decides the weights.
         out: folder of the run.
         device: where to train.
-        pairs: train on these instead of those that the recipe asks for.
+        pairs: train on these instead of those that the recipe asks for; with several ranks, each one's share.
         init: start from this purifier's weights instead of random ones; the header keeps its recipe.
         resume: go on from ``out``'s state.
         tensorboard: write TensorBoard events into ``out`` too.
         amp: precision of the networks in a step; weights are float32 and ``fp16`` scales its loss.
         kernels: ``triton`` or ``torch``, or ``auto`` for fused kernels on CUDA where Triton works.
         cuda_graph: on CUDA, launch a whole step at once, as a CUDA graph.
+        ranks: who trains together; all call with the same arguments, and ``out`` is a folder that all of them see.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` was not asked for.
         FileNotFoundError: ``resume`` was asked for and ``out`` holds no run.
         RuntimeError: ``kernels`` cannot run here, or the step cannot be captured.
-        ValueError: the state to resume belongs to another recipe or other data, or ``init`` is of another shape.
+        ValueError: the state to resume belongs to another recipe or other data, ``init`` is of another shape, or the
+            ranks cannot share a batch evenly.
     """
     device = torch.device(device)
     state_path = out / STATE_FILE
@@ -102,6 +109,8 @@ def fit(
         "init": init and init.digest,
         "amp": amp,
     }
+    ranks.check_same(about)
+    ranks.check_batch(attacked=recipe.attacked, clean=recipe.clean)
     # Whatever can be wrong with the folder is found before the pairs are made, which may take hours.
     out.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -119,8 +128,10 @@ def fit(
     averaged = AveragedModel(model)
     recorder = CudaGraphs(device) if cuda_graph and device.type == "cuda" else None
     optimizer = make_optimizer(model, recipe.learning_rate, recorded=recorder is not None)
+    if ranks.group is not None:
+        model.share(ranks.group)  # after it was copied for the average, which a process group cannot be
     train = data.train.to(device)
-    source = pairs or pair_source(train, classifiers, recipe)
+    source = pairs or pair_source(train, classifiers, recipe, ranks=ranks)
     steps = recipe.steps or recipe.epochs * source.steps_per_epoch
     # The classifiers' word on every clean image is read once, not at every step.
     judging = recipe.agreement_weight or recipe.own_agreement_weight
@@ -128,9 +139,10 @@ def fit(
     clean_logits = [_logits(classifier, train) for classifier in pool]
     average = Average(averaged, model, recipe.averaging, recorded=recorder is not None) if recipe.averaging else None
     run = Step(
-        model.train(), average, optimizer, recipe, train.images, pool, clean_logits, amp=amp, recorder=recorder
+        model.train(), average, optimizer, recipe, train.images, pool, clean_logits, amp=amp, recorder=recorder,
+        ranks=ranks,
     )  # fmt: skip
-    monitor = Monitor(data, classifiers, device, out, tensorboard)
+    monitor = Monitor(data, classifiers, device, out, tensorboard) if ranks.first else None
     shipped: DefenseVAE = averaged.module if recipe.averaging else model  # type: ignore[assignment]
     step = 0
     # The last use of randomness before the first step, so that nothing above shifts the stream.
@@ -141,18 +153,25 @@ def fit(
             state_path, model=model, averaged=averaged, optimizer=optimizer, scaler=run.scaler, device=device
         )  # fmt: skip
 
+    # All start from the same bits, whatever hardware each has made them on.
+    ranks.spread([*model.state_dict().values(), *averaged.state_dict().values()])
+
     saved = time.monotonic()
-    with bar(f"Defense-VAE on {data.name}", steps, step) as progress, _stop_signal() as stopping:
+    title = f"Defense-VAE on {data.name}"
+    with bar(title, steps, step, quiet=not ranks.first) as progress, _stop_signal(ranks) as stopping:
         while step < steps:
             judge, own = _judges(recipe, list(classifiers), step)
             loss = run(source.batch(step), judge, recipe.rate(step, steps), own)
             step += 1
             progress.update(1, images=recipe.attacked + recipe.clean, loss=loss)
             epoch_ends = step % source.steps_per_epoch == 0 or step == steps
-            if epoch_ends:
+            if epoch_ends and monitor is not None:
                 monitor.report(shipped, step, loss, recipe.rate(step - 1, steps))
-            stop = stopping.is_set()  # asked once: what is left behind here is written first
-            if epoch_ends or stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            # Asked once: what is left behind here is written first.
+            together = device.type == "cpu" or ranks.size == 1 or epoch_ends or step % AGREE_EVERY == 0
+            stop = together and ranks.any(stopping.is_set())
+            due = epoch_ends or stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+            if due and monitor is not None:
                 save_state(
                     state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, scaler=run.scaler,
                     run=about, device=device,
@@ -165,6 +184,7 @@ def fit(
                 saved = time.monotonic()
             if stop:
                 break
+        ranks.wait()  # a launcher that sees one rank leave may stop the others, and the first may still be writing
     return FitResult(out / CHECKPOINT_FILE, step, steps)
 
 
@@ -256,8 +276,11 @@ def _bundle(
 
 
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; the second interrupts as usual. Only the main thread can catch them."""
+def _stop_signal(ranks: Ranks = ALONE) -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; the second interrupts as usual. Only the main thread can catch them.
+
+    With several ranks the second does not: the launcher repeats what the terminal has said, and kills who is too slow.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -265,7 +288,8 @@ def _stop_signal() -> Iterator[threading.Event]:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         event.set()
-        signal.signal(number, previous[number])
+        if ranks.size == 1:
+            signal.signal(number, previous[number])
 
     previous = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

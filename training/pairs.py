@@ -6,6 +6,7 @@ Two sources with one face. :class:`TablePairs` is the paper's: every attack on e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, PGD, Attack, CarliniWagnerL2, DeepFool, predict
 from training.data import Split, to_float, to_uint8
+from training.distributed import ALONE, Ranks
 from training.progress import bar
 from training.recipe import Recipe
 
@@ -27,7 +29,7 @@ PREDICTED_SHARE = 0.25
 
 
 class Pairs(NamedTuple):
-    """One batch."""
+    """One batch, or a rank's share of it."""
 
     inputs: Tensor
     """(N, C, H, W) float images in [0, 1], attacked or clean, rounded to 8 bits."""
@@ -86,6 +88,10 @@ class TablePairs:
         cw_images: the same for CW and DeepFool, which cost the most.
         attacks: other attacks than the paper's twelve.
         make: makes an attack's images, as :func:`attack_all` does; one that keeps them saves the next table the work.
+        ranks: with whom every batch is shared; by default the images to attack are, too.
+
+    Raises:
+        ValueError: the ranks cannot share a batch evenly.
     """
 
     def __init__(
@@ -99,9 +105,11 @@ class TablePairs:
         cw_images: int | None = None,
         attacks: Sequence[Attack] = PAPER_TRAINING_ATTACKS,
         make: Callable[..., Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        make = make or attack_all
-        self._batch_size = batch_size
+        ranks.check_batch(attacked=batch_size)
+        make = make or functools.partial(attack_all, ranks=ranks)
+        self._batch_size, self._share = batch_size, ranks.share
         self._device = split.images.device
         rows: list[Tensor] = []
         index: list[Tensor] = []
@@ -124,7 +132,7 @@ class TablePairs:
 
     def batch(self, step: int) -> Pairs:
         """Batch number ``step`` of a seeded shuffle of the table."""
-        chosen = self._order.take(step * self._batch_size, self._batch_size)
+        chosen = self._order.take(step * self._batch_size, self._batch_size)[self._share]
         return Pairs(to_float(self._rows[chosen]), self._index[chosen])
 
 
@@ -144,6 +152,10 @@ class FlyPairs:
         clean: clean images a batch, beside them.
         seed: seeds the order.
         epsilon: lowest and highest epsilon.
+        ranks: with whom every batch is shared.
+
+    Raises:
+        ValueError: the ranks cannot share a batch evenly.
     """
 
     def __init__(
@@ -155,7 +167,9 @@ class FlyPairs:
         clean: int,
         seed: int,
         epsilon: tuple[float, float] = (0.02, 0.4),
+        ranks: Ranks = ALONE,
     ) -> None:
+        ranks.check_batch(attacked=attacked, clean=clean)
         low, high = epsilon
         self.attacks: tuple[str, ...] = (
             f"FGSM(epsilon={low} to {high})",
@@ -168,32 +182,48 @@ class FlyPairs:
         self._classifiers = tuple(classifiers)
         self._attacked, self._size = attacked, attacked + clean
         self._epsilon = epsilon
+        self._ranks = ranks
         self._order = Order(len(split), seed, split.images.device)
         self.steps_per_epoch = max(1, len(split) // (attacked + clean))
 
     def batch(self, step: int) -> Pairs:
         """Batch number ``step``: single-step attacks, iterated attacks, clean images."""
-        index = self._order.take(step * self._size, self._size)
+        share, count, half = self._ranks.share, self._attacked, self._attacked // 2
+        index = self._order.take(step * self._size, self._size)[share]
         images = to_float(self._split.images[index])
         round_, turn = divmod(step, len(self._classifiers))
         classifier = self._classifiers[turn]
-        clean = images[: self._attacked]
+        # Drawn for the whole batch, whoever works on which part of it.
         low, high = self._epsilon
-        epsilon = low + (high - low) * torch.rand(self._attacked, device=clean.device)
-        with torch.autocast(clean.device.type, torch.bfloat16):
-            guessed = torch.rand(self._attacked, device=clean.device) < PREDICTED_SHARE
-            labels = torch.where(guessed, predict(classifier, clean), self._split.labels[index[: self._attacked]])
-            half = self._attacked // 2
-            attacked = [_single_step(classifier, clean[:half], labels[:half], epsilon[:half])]
-            iterated: Attack
-            if round_ % 2 == 0:
-                iterated = PGD(epsilon[half:], steps=PGD_STEPS, relative_step=PGD_STEP)
-            else:
-                slowest, fastest = CW_RATES
-                rate = slowest + (fastest - slowest) * float(torch.rand(()))
-                iterated = CarliniWagnerL2(rate, iterations=CW_ITERATIONS, abort_early=False)
-            attacked.append(iterated(classifier, clean[half:], labels[half:]))
-        return Pairs(torch.cat([to_float(to_uint8(torch.cat(attacked))), images[self._attacked :]]), index)
+        device, shape = images.device, images.shape[1:]
+        epsilon = (low + (high - low) * torch.rand(count, device=device))[share]
+        guessed = (torch.rand(count, device=device) < PREDICTED_SHARE)[share]
+        signs = torch.randn(half, *shape, device=device).sign()
+        # Every other image takes its random step; the others get plain FGSM.
+        signs[::2] = 0
+        signs = signs[share]
+        clean, labels = images[: len(epsilon)], self._split.labels[index[: len(epsilon)]]
+        iterated: Callable[..., Tensor]
+        single = len(signs)
+        if round_ % 2 == 0:
+            # Of the whole batch's second half the first row that is ours.
+            first = (self._ranks.rank - half) % self._ranks.size
+            noise = torch.rand(count - half, *shape, device=device)[first :: self._ranks.size]
+            pgd = PGD(epsilon[single:], steps=PGD_STEPS, relative_step=PGD_STEP)
+            iterated = functools.partial(pgd, noise=noise)
+        else:
+            slowest, fastest = CW_RATES
+            rate = slowest + (fastest - slowest) * float(torch.rand(()))
+            iterated = CarliniWagnerL2(rate, iterations=CW_ITERATIONS, abort_early=False)
+        attacked = []
+        with torch.autocast(device.type, torch.bfloat16):
+            labels = torch.where(guessed, predict(classifier, clean), labels)
+            if single:
+                start = (clean[:single] + ALPHA * signs).clamp(0, 1)
+                attacked.append(FGSM(epsilon[:single])(classifier, start, labels[:single]))
+            if single < len(clean):
+                attacked.append(iterated(classifier, clean[single:], labels[single:]))
+        return Pairs(torch.cat([to_float(to_uint8(torch.cat(attacked))), images[len(clean) :]]), index)
 
 
 def _stretch(total: int, count: int | None, start: float) -> Tensor:
@@ -210,22 +240,16 @@ def pair_source(
     *,
     attacks: Sequence[Attack] = PAPER_TRAINING_ATTACKS,
     make: Callable[..., Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> PairSource:
-    """The pairs that a recipe asks for; ``attacks`` and ``make`` are those of :class:`TablePairs`."""
+    """The pairs that a recipe asks for; ``attacks``, ``make`` and ``ranks`` are those of :class:`TablePairs`."""
     if recipe.pairs == "fly":
         rotation = [classifiers[name] for name in recipe.classifiers]
-        return FlyPairs(train, rotation, attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed)
+        return FlyPairs(train, rotation, attacked=recipe.attacked, clean=recipe.clean, seed=recipe.seed, ranks=ranks)
     return TablePairs(
         train, classifiers, batch_size=recipe.attacked, seed=recipe.seed, images=recipe.images or None,
-        cw_images=recipe.cw_images or None, attacks=attacks, make=make,
+        cw_images=recipe.cw_images or None, attacks=attacks, make=make, ranks=ranks,
     )  # fmt: skip
-
-
-def _single_step(classifier: nn.Module, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
-    """FGSM on every other image, RAND-FGSM with ``ALPHA`` beyond ``epsilon`` on the rest; one gradient for both."""
-    random = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1) % 2
-    start = (images + random * ALPHA * torch.randn_like(images).sign()).clamp(0, 1)
-    return FGSM(epsilon)(classifier, start, labels)
 
 
 def attack_all(
@@ -236,8 +260,11 @@ def attack_all(
     seed: int = 0,
     predicted_labels: bool = False,
     title: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Attack every image of a split and round the result to 8 bits.
+
+    Ranks take the attacked batches by turns and give each other the results, which are those of one process.
 
     Args:
         attack: the attack.
@@ -246,17 +273,22 @@ def attack_all(
         seed: seeds the attack's noise.
         predicted_labels: run away from the classifier's own prediction instead of the true label.
         title: shows a progress bar of this name.
+        ranks: who shares the work; all must call.
 
     Returns:
         uint8 (N, C, H, W).
     """
     generator = torch.Generator(split.images.device).manual_seed(seed)
     size = CUDA_ATTACK_BATCH if split.images.is_cuda else ATTACK_BATCH
-    results = []
-    with bar(title or "attack", len(split), quiet=title is None) as progress:
-        for images, labels in zip(torch.split(split.images, size), torch.split(split.labels, size), strict=True):
+    results = torch.zeros_like(split.images)
+    parts = zip(*(torch.split(tensor, size) for tensor in (split.images, split.labels, results)), strict=True)
+    with bar(title or "attack", len(split), quiet=title is None or not ranks.first) as progress:
+        for number, (images, labels, result) in enumerate(parts):
             pixels = to_float(images)
-            away_from = predict(classifier, pixels) if predicted_labels else labels
-            results.append(to_uint8(attack(classifier, pixels, away_from, generator)))
+            if number % ranks.size == ranks.rank:
+                away_from = predict(classifier, pixels) if predicted_labels else labels
+                result.copy_(to_uint8(attack(classifier, pixels, away_from, generator)))
+            elif draw := getattr(attack, "noise", None):
+                draw(pixels, generator)
             progress.update(len(images), images=len(images))
-    return torch.cat(results)
+    return ranks.join(results)

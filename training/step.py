@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from defense_vae_fast.nn.losses import agreement_loss, defense_vae_loss
 from defense_vae_fast.nn.model import VAEOutput
 from training.data import to_float
+from training.distributed import ALONE, Ranks
 from training.pairs import Pairs
 from training.recipe import Recipe
 
@@ -143,6 +144,8 @@ class Step:
         clean_logits: their logits on ``images``, in the same order.
         amp: precision of the networks. With ``fp16`` the loss is scaled, by ``scaler``.
         recorder: how the step is repeated; None makes each one operation at a time.
+        ranks: with whom every batch is shared. Gradients and the loss are means over them before Adam sees them, and a
+            step that one rank leaves out for an infinite gradient is left out by all.
     """
 
     def __init__(
@@ -157,12 +160,13 @@ class Step:
         *,
         amp: Amp = "bf16",
         recorder: Recorder | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._model, self._average, self._optimizer, self._recipe = model, average, optimizer, recipe
         self._images, self._judges, self._clean_logits = images, judges, clean_logits
         self._dtype = DTYPES[amp]
         self.scaler = torch.amp.GradScaler(images.device.type, enabled=amp == "fp16")
-        self._recorder = recorder
+        self._recorder, self._ranks = recorder, ranks
         self._loss = torch.zeros((), device=images.device)
         self._pairs: Pairs | None = None
         self._warm_ups: Counter[_Judges] = Counter()
@@ -216,16 +220,18 @@ class Step:
             agreement = self._agreement(judge, output.logits, pairs.clean_index)
             loss = loss + self._recipe.agreement_weight * agreement
         if own is not None:
-            count = self._recipe.attacked
+            count = self._recipe.attacked // self._ranks.size
             agreement = self._agreement(own, output.logits[:count], pairs.clean_index[:count])
             loss = loss + self._recipe.own_agreement_weight * agreement
         self._optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._loss.copy_(loss.detach())
+        weights = (weight for group in self._optimizer.param_groups for weight in group["params"])
+        self._ranks.average([*(weight.grad for weight in weights if weight.grad is not None), self._loss])
         self.scaler.step(self._optimizer)
         self.scaler.update()
         if self._average is not None:
             self._average.update()
-        self._loss.copy_(loss.detach())
 
     def _agreement(self, judge: int, pixel_logits: Tensor, clean_index: Tensor) -> Tensor:
         """What a judge says of purified images against what it says of the clean ones."""

@@ -47,6 +47,10 @@ class Lane(Generic[AnySlot]):
             return None
 
 
+def nothing() -> None:
+    """What a slot on a GPU does before, between and after its copies and its computing, where nobody measures them."""
+
+
 Piece = tuple[Lane[Any], int, int]
 """Images ``start`` to ``stop`` of a batch, and the lane that works on them."""
 

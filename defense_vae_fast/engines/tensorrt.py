@@ -32,7 +32,7 @@ from defense_vae_fast.engines.base import (
     check_count,
 )
 from defense_vae_fast.engines.buckets import BUCKETS, bucket_of, buckets_for, cut
-from defense_vae_fast.engines.pieces import Lane, Piece, run_pieces
+from defense_vae_fast.engines.pieces import Lane, Piece, nothing, run_pieces
 from defense_vae_fast.frames import FILTERS, TABLE, Filter, Frame, pack
 
 if TYPE_CHECKING:
@@ -670,26 +670,30 @@ class _Worker:
         # One workspace serves all buckets: a worker does one thing at a time.
         scratch = loaded.workspace(self._buckets)
         workspace = memory.allocate(scratch)
-        to_device, to_host = self._device.driver.memcpy_htod_async, self._device.driver.memcpy_dtoh_async
-        stream = self.stream.pycuda
-
-        def whole(context: Any, bucket: int) -> None:
-            to_device(buffers.given, buffers.host_given[:bucket], stream)
-            self._execute(context)
-            to_host(buffers.host_purified[:bucket], buffers.purified, stream)
-            to_host(buffers.host_scores[:bucket], buffers.scores, stream)
-            if buffers.host_logits is not None:
-                to_host(buffers.host_logits[:bucket], buffers.logits, stream)
-
         for bucket in self._buckets:
             context = self._context(loaded, bucket, shape, buffers, workspace, scratch)
-            whole(context, bucket)  # what is made at a first use cannot be captured
+            whole = functools.partial(self._whole, context, buffers, bucket)
+            whole()  # what is made at a first use cannot be captured
             self.stream.synchronize()
             self._steps[loaded.kind, bucket] = _Step(
                 context,
-                whole=self.stream.capture(functools.partial(whole, context, bucket)),
+                whole=self.stream.capture(whole),
                 network=self.stream.capture(functools.partial(self._execute, context)),
             )
+
+    def _whole(self, context: Any, buffers: _Buffers, bucket: int, between: Callable[[], None] = nothing) -> None:
+        """Queue copy in, network, copy out."""
+        driver, stream = self._device.driver, self.stream.pycuda
+        between()
+        driver.memcpy_htod_async(buffers.given, buffers.host_given[:bucket], stream)
+        between()
+        self._execute(context)
+        between()
+        driver.memcpy_dtoh_async(buffers.host_purified[:bucket], buffers.purified, stream)
+        driver.memcpy_dtoh_async(buffers.host_scores[:bucket], buffers.scores, stream)
+        if buffers.host_logits is not None:
+            driver.memcpy_dtoh_async(buffers.host_logits[:bucket], buffers.logits, stream)
+        between()
 
     def _execute(self, context: Any) -> None:
         if not context.execute_async_v3(self.stream.handle):

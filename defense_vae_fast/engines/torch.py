@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from defense_vae_fast.architecture import Layer
 from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.engines.base import (
     DEFAULT_MAX_BATCH,
@@ -26,13 +25,13 @@ from defense_vae_fast.engines.base import (
     check_count,
 )
 from defense_vae_fast.engines.buckets import bucket_of, buckets_for, cut
-from defense_vae_fast.engines.pieces import Lane, Piece, run_pieces
+from defense_vae_fast.engines.pieces import Lane, Piece, nothing, run_pieces
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    Step = Callable[[torch.Tensor], torch.Tensor]
+    from defense_vae_fast.nn.folded import FoldedNetwork
 
 _STREAMS = 2  # on CUDA: one copies while the other computes
 _MAX_STREAMS = 16
@@ -46,7 +45,9 @@ class TorchEngine(Engine):
     times for 64), and fp32 on any other.
 
     On CUDA each of ``streams`` workers has a stream, pinned and device buffers, and a CUDA graph for every batch
-    bucket, all made at load; a large batch is spread over them, so that copies and computing overlap.
+    bucket, all made at load; a large batch is spread over them, so that copies and computing overlap. Each layer is
+    computed in the form that was fastest at load (:mod:`defense_vae_fast.nn.folded`): convolution, bias and ReLU as one
+    cuDNN operation, or apart; a transposed convolution as it stands, or as a convolution with a shuffle.
     """
 
     name = "torch"
@@ -66,7 +67,7 @@ class TorchEngine(Engine):
         self.streams = streams
         self._device = device
         self.tensor_device = str(device)
-        self._network = _Network(checkpoint, precision, device)
+        self._network = _network(checkpoint, precision, device)
         self._lane: Lane[_CPUSlot] | Lane[_CUDASlot]
         if device.type == "cpu":
             self._buckets: tuple[int, ...] = (max_batch,)
@@ -181,7 +182,8 @@ class TorchEngine(Engine):
             return purified, scores
 
     def info(self) -> dict[str, Any]:
-        """See :meth:`Engine.info`; adds streams, batch buckets, the device's name and torch's version."""
+        """See :meth:`Engine.info`; adds streams, batch buckets, by batch size the layers that are not
+        computed in the plain form, the device's name and torch's version."""
         import torch
 
         on_gpu = self.device == "cuda"
@@ -189,6 +191,7 @@ class TorchEngine(Engine):
             **super().info(),
             "streams": self.streams,
             "buckets": list(self._buckets),
+            "forms": self._network.chosen(),
             "device_name": torch.cuda.get_device_name(self._device)
             if on_gpu
             else torch.backends.cpu.get_cpu_capability(),
@@ -206,7 +209,7 @@ class TorchEngine(Engine):
 class _CPUSlot:
     """A piece that is computed by whoever waits for it."""
 
-    def __init__(self, network: _Network) -> None:
+    def __init__(self, network: FoldedNetwork) -> None:
         self._network = network
         self._batch: Images | None = None
 
@@ -252,7 +255,7 @@ class _CUDASlot:
         self._score_view: Scores
         self._flying: tuple[np.dtype[Any], int] | None = None
 
-    def prepare(self, network: _Network, images: torch.Tensor) -> None:
+    def prepare(self, network: FoldedNetwork, images: torch.Tensor) -> None:
         """Warm up and capture for batches like ``images``, which become the bucket's own input buffer."""
         torch = self._torch
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -275,16 +278,23 @@ class _CUDASlot:
 
     def start(self, batch: Images) -> None:
         """Copy the images to pinned memory and queue copy, graph and copy."""
-        torch, count = self._torch, len(batch)
-        given, result = self._host[batch.dtype]
+        self._views[batch.dtype][0][: len(batch)] = batch
+        self._queue(batch.dtype, len(batch))
+        self._flying = (batch.dtype, len(batch))
+
+    def _queue(self, dtype: np.dtype[Any], count: int, between: Callable[[], None] = nothing) -> None:
+        torch = self._torch
+        given, result = self._host[dtype]
         step = self._step(given.dtype, count)
-        self._views[batch.dtype][0][:count] = batch
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            between()
             step.images[:count].copy_(given[:count], non_blocking=True)
+            between()
             step.graph.replay()
+            between()
             result[:count].copy_(step.purified[:count], non_blocking=True)
             self._host_scores[:count].copy_(step.scores[:count], non_blocking=True)
-        self._flying = (batch.dtype, count)
+            between()
 
     def finish(self, purified: Images, scores: Scores) -> None:
         """Wait for the stream, and copy the results out."""
@@ -326,7 +336,7 @@ class _GraphStep(NamedTuple):
 
 
 def _cuda_slots(
-    network: _Network,
+    network: FoldedNetwork,
     device: torch.device,
     shapes: Mapping[ImageKind, tuple[int, int, int]],
     buckets: Sequence[int],
@@ -347,6 +357,7 @@ def _cuda_slots(
                 for slot in slots:
                     slot.prepare(network, torch.zeros((bucket, *shape), dtype=dtypes[kind], device=device))
     torch.cuda.synchronize(device)
+    network.settle()
     return slots
 
 
@@ -426,60 +437,15 @@ _without_tf32 = _WithoutTF32()
 _cudnn_choice = _CuDNNChoice()
 
 
-class _Network:
-    """The folded network: (N, C, H, W) images in [0, 1] of its dtype -> logits of the same shape and dtype."""
-
-    def __init__(self, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
-        import torch
-
-        from defense_vae_fast.onnx_graph import TILE, as_convolution, fold
-
-        self.dtype: torch.dtype = getattr(torch, _DTYPES[precision])
-        last = checkpoint.config.encoder[-1]
-        bottom = (last.out_channels, last.out_size, last.out_size)
-        self._steps: list[Step] = []
-        for layer in checkpoint.config.layers():
-            if layer.name == "logvar":
-                continue
-            weight, bias = fold(layer, checkpoint.tensors)
-            if layer.name == "mu":
-                self._steps.append(lambda x: x.flatten(1))
-            tiled = layer.kind == "conv_transpose" and layer.stride == 1
-            if tiled:
-                layer, weight, bias = as_convolution(layer, weight, bias)
-            self._steps.append(_step(layer, *(torch.from_numpy(v).to(device, self.dtype) for v in (weight, bias))))
-            if tiled:
-                self._steps.append(lambda x: torch.nn.functional.pixel_shuffle(x, TILE))
-            if layer.part == "decoder" and layer.kind == "linear":
-                self._steps.append(lambda x: x.reshape(-1, *bottom).contiguous(memory_format=torch.channels_last))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        for step in self._steps:
-            x = step(x)
-        return x
-
-
-def _step(layer: Layer, weight: torch.Tensor, bias: torch.Tensor) -> Step:
+def _network(checkpoint: Checkpoint, precision: str, device: torch.device) -> FoldedNetwork:
     import torch
-    from torch.nn import functional as F
 
-    if layer.kind != "linear":
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    relu = layer.activation == "relu"
+    from defense_vae_fast.nn.folded import FoldedNetwork
 
-    def step(x: torch.Tensor) -> torch.Tensor:
-        if layer.kind == "linear":
-            x = F.linear(x, weight, bias)
-        elif layer.kind == "conv":
-            x = F.conv2d(x, weight, bias, layer.stride, layer.padding)
-        else:
-            x = F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding)
-        return x.relu_() if relu else x
-
-    return step
+    return FoldedNetwork(checkpoint, getattr(torch, _DTYPES[precision]), device)
 
 
-def _purify(network: _Network, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _purify(network: FoldedNetwork, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     as_bytes = images.dtype == torch.uint8

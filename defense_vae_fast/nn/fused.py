@@ -13,7 +13,12 @@ from defense_vae_fast.nn.kernels.selection import Kernels, check, use_triton
 
 
 def reparameterize(
-    mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None, *, kernels: Kernels = "auto"
+    mu: Tensor,
+    logvar: Tensor,
+    generator: torch.Generator | None = None,
+    rows: tuple[int, int] = (0, 1),
+    *,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sample z = mu + exp(logvar / 2) * eps (section 2.1), and give the divergence of equation 2.
 
@@ -22,6 +27,8 @@ def reparameterize(
         logvar: (N, latent_dim) logarithms of the variances.
         generator: source of the noise; torch's default generator of the device where None. The two forms make
             different noise of the same seed.
+        rows: these images are every ``rows[1]``-th of a larger batch, from number ``rows[0]`` on: they get the noise
+            that they would get in it.
         kernels: ``triton`` or ``torch``, or ``auto`` for Triton on CUDA where it works.
 
     Returns:
@@ -33,8 +40,8 @@ def reparameterize(
     if use_triton(kernels, mu.device.type, mu.dtype):
         from defense_vae_fast.nn.kernels import reparameterize as triton_form
 
-        return triton_form.reparameterize(mu, logvar, generator)
-    return reference.reparameterize(mu, logvar, generator)
+        return triton_form.reparameterize(mu, logvar, generator, rows)
+    return reference.reparameterize(mu, logvar, generator, rows)
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):

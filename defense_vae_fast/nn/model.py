@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from defense_vae_fast.architecture import BATCH_NORM_EPSILON, Layer, VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
@@ -81,6 +82,7 @@ class DefenseVAE(nn.Module):
             self.add_module(layer.name, Block(layer, self.kernels))
         last = self.config.encoder[-1]
         self._bottom = (last.out_channels, last.out_size, last.out_size)
+        self._rows = (0, 1)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -102,6 +104,17 @@ class DefenseVAE(nn.Module):
             if block.norm is not None:
                 block.norm.reset_parameters()
                 block.norm.weight.normal_(1.0, 0.02)
+
+    def share(self, group: dist.ProcessGroup) -> None:
+        """Train as a part of a larger batch: rank r of n in ``group`` is given images r, r + n, r + 2n ... of it.
+
+        From then on, in training mode, BatchNorm has the statistics of the whole batch, and each image the noise that
+        it would have in it. All ranks must call the module together. Gradients stay a rank's own.
+        """
+        for module in self.modules():
+            if isinstance(module, BatchNormReLU2d):
+                module.process_group = group
+        self._rows = (group.rank(), group.size())
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, kernels: Kernels = "auto") -> DefenseVAE:
@@ -143,7 +156,7 @@ class DefenseVAE(nn.Module):
         mu, logvar = self.encode(x)
         if not self.training:
             return VAEOutput(self.decode(mu), mu, logvar)
-        z, kl = reparameterize(mu, logvar, kernels=self.kernels)
+        z, kl = reparameterize(mu, logvar, rows=self._rows, kernels=self.kernels)
         return VAEOutput(self.decode(z), mu, logvar, kl)
 
     def purify(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Just enough of CUDA C++ to run csrc/frames.cu on a CPU: every CUDA thread is a call, or a std::thread where the threads
+// Just enough of CUDA C++ to run csrc/ on a CPU: every CUDA thread is a call, or a std::thread where the threads
 // of a block wait for each other. Found in place of NVIDIA's header of this name.
 #pragma once
 
@@ -13,6 +13,11 @@
 using __half = _Float16;
 inline __half __float2half_rn(float value) { return static_cast<__half>(value); }
 inline float __half2float(__half value) { return static_cast<float>(value); }
+
+// Rounded one by one: the compiler's command forbids it to contract them.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 
 #define __global__
 #define __device__

@@ -156,19 +156,24 @@ def _accumulator(x: Tensor) -> torch.dtype:
 # The latent
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def reparameterize(
+    mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None, rows: tuple[int, int] = (0, 1)
+) -> tuple[Tensor, Tensor]:
     """Sample z = mu + exp(logvar / 2) * eps with eps ~ N(0, I) (section 2.1), and the divergence of equation 2.
 
     Args:
         mu: (N, latent_dim) means, floating point.
         logvar: (N, latent_dim) logarithms of the variances.
         generator: source of eps; torch's default generator of the device where None.
+        rows: these images are every ``rows[1]``-th of a larger batch, from number ``rows[0]`` on, whose noise is drawn.
 
     Returns:
         z, (N, latent_dim) in ``mu``'s dtype, and D_KL(q(z | x) || N(0, I)), (N,) float32 (float64 for such inputs),
         summed over the latent; both differentiable in both arguments.
     """
-    eps = torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
+    first, step = rows
+    shape = len(mu) * step, *mu.shape[1:]
+    eps = torch.randn(shape, dtype=mu.dtype, device=mu.device, generator=generator)[first::step]
     return mu + torch.exp(0.5 * logvar) * eps, divergence(mu, logvar)
 
 
