@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -184,8 +184,8 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def read_image(path: Path, config: VAEConfig) -> Array:
-    """One picture as uint8 (H, W, C), turned upright where its EXIF data say so.
+def read_image(path: Path | IO[bytes], config: VAEConfig) -> Array:
+    """One picture, a file's path or the open file, as uint8 (H, W, C), turned upright where its EXIF data say so.
 
     For a one-channel network a WebP without colours counts as gray, since that format knows no other.
 
