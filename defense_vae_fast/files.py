@@ -6,6 +6,7 @@ handle one file each.
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 import zlib
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.atomic import replacing
@@ -213,6 +214,19 @@ def read_image(path: Path | IO[bytes], config: VAEConfig) -> Array:
     if (pixels.max(axis=2) - pixels.min(axis=2)).max() > _GRAY_WEBP_SPREAD:
         raise ValueError(f"expected a {side}x{side} {label} image, got a WebP with colours; convert it first")
     return pixels[:, :, 1:2]  # green, which is nearest to the brightness
+
+
+def decode_image(data: bytes, config: VAEConfig) -> Array:
+    """The picture that an image file's bytes hold, as :func:`read_image`.
+
+    Raises:
+        ValueError, OSError: as :func:`read_image`.
+    """
+    try:
+        return read_image(io.BytesIO(data), config)
+    except UnidentifiedImageError:  # whose message names an object in memory
+        kinds = ", ".join(sorted(set(IMAGE_FORMATS.values())))
+        raise ValueError(f"expected an image file ({kinds}), got {len(data)} bytes of something else") from None
 
 
 def write_image(path: Path, pixels: Array) -> None:

@@ -6,7 +6,6 @@ Nothing here touches an engine or Ray.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from defense_vae_fast.architecture import VAEConfig
-from defense_vae_fast.files import IMAGE_FORMATS, read_image
+from defense_vae_fast.files import IMAGE_FORMATS, decode_image, read_image
 
 Kind = Literal["files", "parquet", "webdataset"]
 
@@ -74,8 +73,9 @@ class Shard:
     @classmethod
     def from_json(cls, text: str) -> Shard:
         """What :meth:`to_json` gave."""
-        fields = json.loads(text)
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        fields: dict[str, Any] = json.loads(text)
+        first, end = fields.pop("groups")
+        return cls(names=tuple(fields.pop("names")), groups=(first, end), **fields)
 
 
 class Item(NamedTuple):
@@ -248,7 +248,7 @@ def _read_tar(shard: Shard, config: VAEConfig) -> Iterator[Item]:
                 data = file.read() if file is not None else b""
                 if len(data) != member.size:
                     raise InputError(f"{path}: expected a whole tar, got one that ends within {member.name}")
-                yield _item(source, key, io.BytesIO(data), config)
+                yield _item(source, key, data, config)
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -282,7 +282,7 @@ def _row(source: str, key: str, value: pa.Scalar, config: VAEConfig) -> Item:
     if not value.is_valid:
         return Item(source, key, None, "expected an image, got null")
     if not _is_pixels(kind):
-        return _item(source, key, io.BytesIO(value.as_py()), config)
+        return _item(source, key, value.as_py(), config)
     channels, height, width = config.image_shape
     pixels = value.values.to_numpy(zero_copy_only=False)
     if pixels.dtype != np.uint8 or pixels.size != channels * height * width:
@@ -291,8 +291,9 @@ def _row(source: str, key: str, value: pa.Scalar, config: VAEConfig) -> Item:
     return Item(source, key, pixels.reshape(height, width, channels), None)
 
 
-def _item(source: str, key: str, image: Path | io.BytesIO, config: VAEConfig) -> Item:
+def _item(source: str, key: str, image: Path | bytes, config: VAEConfig) -> Item:
     try:
-        return Item(source, key, read_image(image, config), None)
+        pixels = read_image(image, config) if isinstance(image, Path) else decode_image(image, config)
+        return Item(source, key, pixels, None)
     except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error and more for damaged files
         return Item(source, key, None, " ".join(str(error).split()) or type(error).__name__)

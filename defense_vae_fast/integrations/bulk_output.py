@@ -30,7 +30,6 @@ ENCODINGS: tuple[Encoding, ...] = ("png", "raw")
 FORMAT = 1  # of the files; a change makes all work new
 _METADATA = b"defense_vae_fast"
 _PNG_LEVEL = 1  # of zlib: small images hardly shrink further
-_ROW_GROUP = 4096  # images
 
 
 class OutputError(ValueError):
@@ -99,8 +98,8 @@ def finished(folder: Path, keys: Sequence[str], *, force: bool) -> dict[str, Par
             others.append(path)
     if others and not force:
         raise OutputError(
-            f"{folder}: {len(others)} of its files are of another input, checkpoint or option, {others[0].name} for one; "
-            "use --force to remove them, or name another folder"
+            f"{folder}: {len(others)} of its files are of another input, checkpoint or option, such as "
+            f"{others[0].name}; use --force to remove them, or name another folder"
         )
     for path in others:
         path.unlink()
@@ -172,12 +171,11 @@ def writing(folder: Path, key: str, encoding: Encoding, about: dict[str, Any]) -
             pa.field("error", pa.string()),
         ]
     )
-    with replacing(part_path(folder, key)) as file:
-        with pq.ParquetWriter(file, schema, compression="zstd") as parquet:
-            writer = Writer(parquet, schema, encoding)
-            yield writer
-            told = {**about, "format": FORMAT, "key": key, "encoding": encoding, "failed": writer.failed}
-            parquet.add_key_value_metadata({_METADATA: json.dumps(told).encode()})
+    with replacing(part_path(folder, key)) as file, pq.ParquetWriter(file, schema, compression="zstd") as parquet:
+        writer = Writer(parquet, schema, encoding)
+        yield writer
+        told = {**about, "format": FORMAT, "key": key, "encoding": encoding, "failed": writer.failed}
+        parquet.add_key_value_metadata({_METADATA: json.dumps(told).encode()})
 
 
 def _text(text: str) -> str:

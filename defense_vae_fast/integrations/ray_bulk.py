@@ -1,8 +1,8 @@
 """Purify more images than one machine should: ``pip install 'defense-vae-fast[ray]'``.
 
 Ray Data hands the shards of the input to actors, one engine each, on all nodes of a cluster. Images do not pass through
-Ray: an actor reads its shard from the file system, which all nodes share, and writes the part of the output that belongs
-to it. Only the shards' descriptions and counts travel.
+Ray: an actor reads its shard from the file system, which all nodes share, and writes the part of the output that
+belongs to it. Only the shards' descriptions and counts travel.
 
 What is done is what is in the output folder. An actor or a node that dies takes the shards with it that it was working
 on; these are done again, by another, and take the place that they have, so that every image comes out once. In the same
@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +35,6 @@ from defense_vae_fast.integrations.bulk_output import (
     ENCODINGS,
     Encoding,
     Part,
-    Writer,
     finished,
     part_key,
     part_path,
@@ -48,7 +45,6 @@ from defense_vae_fast.integrations.bulk_output import (
 from defense_vae_fast.purifier import Purifier
 
 BATCH = 512  # images read, purified and written at once; the engine cuts them up
-_AHEAD = 4  # batches that are read ahead
 _PASSES = 3  # passes in a row that finish nothing before giving up
 _SHOWN = 5  # reasons for unusable images that a shard reports
 
@@ -214,10 +210,9 @@ def bulk(
             account(parts)
             idle = 0 if len(pending) < before else idle + 1
             if pending and idle == _PASSES:
-                raise BulkError(
-                    f"{len(pending)} of {len(shards)} shards do not get done, {next(iter(pending.values())).title} for one"
-                    + (f": {_first_line(trouble)}" if trouble else ": their actors die; look at Ray's logs")
-                )
+                first = next(iter(pending.values())).title
+                reason = _first_line(trouble) if trouble else "their actors die; look at Ray's logs"
+                raise BulkError(f"{len(pending)} of {len(shards)} shards do not get done, such as {first}: {reason}")
     remove_leftovers(folder)
     copy.unlink()
     return report
@@ -275,7 +270,8 @@ class _Worker:
             self._unavailable = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        answers = [self._answer(key, Shard.from_json(shard)) for key, shard in zip(batch["key"], batch["shard"])]
+        rows = zip(batch["key"], batch["shard"], strict=True)
+        answers = [self._answer(str(key), Shard.from_json(shard)) for key, shard in rows]
         return {"key": [str(key) for key in batch["key"]], "done": [json.dumps(answer) for answer in answers]}
 
     def _answer(self, key: str, shard: Shard) -> dict[str, Any]:
@@ -305,23 +301,19 @@ class _Worker:
         reasons: list[str] = []
         with (
             writing(folder, key, self._job.encoding, about) as writer,
-            _read_ahead(shard, self._purifier) as batches,
-            ThreadPoolExecutor(1) as pool,
+            ThreadPoolExecutor(1) as reader,
+            ThreadPoolExecutor(1) as recorder,
         ):
             written: Future[None] | None = None
-            for items in batches:
-                for item in items:
-                    if item.error is not None:
-                        reason = f"{item.source}: {item.error}" if item.key == item.source else (
-                            f"{item.source}: {item.key}: {item.error}"
-                        )
-                        if self._job.fail_on_bad:
-                            raise _Bad(reason)
-                        reasons += [reason] if len(reasons) < _SHOWN else []
+            for items in _read_ahead(read(shard, self._purifier.config), reader):
+                bad = [_reason(item) for item in items if item.error is not None]
+                if bad and self._job.fail_on_bad:
+                    raise _Bad(bad[0])
+                reasons += bad[: _SHOWN - len(reasons)]
                 results = self._run(items)
                 if written is not None:
                     written.result()
-                written = pool.submit(writer.write, items, *results)
+                written = recorder.submit(writer.write, items, *results)
             if written is not None:
                 written.result()
         return {"images": writer.images, "failed": writer.failed, "reasons": reasons}
@@ -333,43 +325,21 @@ class _Worker:
         return self._purifier(np.stack(pixels), return_score=True)
 
 
-@contextmanager
-def _read_ahead(shard: Shard, purifier: Purifier) -> Iterator[Iterator[list[Item]]]:
-    """The shard's images in batches, read and decoded in a thread of its own while earlier ones are purified."""
-    waiting: queue.Queue[list[Item] | BaseException | None] = queue.Queue(_AHEAD)
-    left = threading.Event()
+def _reason(item: Item) -> str:
+    name = item.source if item.key == item.source else f"{item.source}: {item.key}"
+    return f"{name}: {item.error}"
 
-    def put(value: list[Item] | BaseException | None) -> None:
-        while not left.is_set():
-            try:
-                return waiting.put(value, timeout=0.1)
-            except queue.Full:
-                pass
 
-    def fill() -> None:
-        try:
-            items = read(shard, purifier.config)
-            while batch := list(islice(items, BATCH)):
-                put(batch)
-                if left.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
+def _read_ahead(items: Iterator[Item], reader: ThreadPoolExecutor) -> Iterator[list[Item]]:
+    """Batches, of which the next is read and decoded in ``reader`` while one is worked on."""
 
-    def batches() -> Iterator[list[Item]]:
-        while (value := waiting.get()) is not None:
-            if isinstance(value, BaseException):
-                raise value
-            yield value
+    def take() -> list[Item]:
+        return list(islice(items, BATCH))
 
-    reader = threading.Thread(target=fill, name="defense-vae-fast-bulk-read", daemon=True)
-    reader.start()
-    try:
-        yield batches()
-    finally:
-        left.set()
-        reader.join()
+    coming = reader.submit(take)
+    while batch := coming.result():
+        coming = reader.submit(take)
+        yield batch
 
 
 def _actors(actors: int | None, gpus: float | None, device: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STUB = "triton_python_backend_stub"
@@ -50,7 +50,7 @@ def running(
         backends = Path(folder)
         _gather_python_backend(package / "tritonserver", backends / "python")
         server = package / "tritonserver" / "bin" / "tritonserver"
-        command = [server, f"--model-repository={repository}", f"--backend-directory={backends}", *options]
+        command = [str(server), f"--model-repository={repository}", f"--backend-directory={backends}", *options]
         process = subprocess.Popen(
             command, env=_environment(libraries), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -66,7 +66,8 @@ def _wheel() -> tuple[Path, Path]:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerUnavailable(
-            "the package nvidia-pytriton is not installed; install it with: pip install 'defense-vae-fast[triton-server]'"
+            "the package nvidia-pytriton is not installed; "
+            "install it with: pip install 'defense-vae-fast[triton-server]'"
         )
     package = Path(spec.origin).parent
     return package, package.parent / "nvidia_pytriton.libs"
@@ -78,7 +79,9 @@ def _gather_python_backend(server: Path, folder: Path) -> None:
     stub = server / "python_backend_stubs" / version / _STUB
     if not stub.is_file():
         known = ", ".join(sorted(path.parent.name for path in stub.parents[1].glob(f"*/{_STUB}")))
-        raise ServerUnavailable(f"nvidia-pytriton: expected Python {known or 'of a version that it has'}, got {version}")
+        raise ServerUnavailable(
+            f"nvidia-pytriton: expected Python {known or 'of a version that it has'}, got {version}"
+        )
     folder.mkdir()
     for path in (*(server / "backends" / "python").iterdir(), stub):
         if path.is_file():
@@ -99,14 +102,10 @@ def _end(process: subprocess.Popen[bytes], patience: float = 30.0) -> None:
     """Ask the server to end, then make it: it is the leader of a process group that holds its backends too."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -1,4 +1,4 @@
-"""What runs inside Triton Inference Server's Python backend; :mod:`.triton_server` writes the ``model.py`` that names it.
+"""What runs inside Triton Inference Server's Python backend, by the ``model.py`` that :mod:`.triton_server` writes.
 
 ``triton_python_backend_utils`` exists in the server's own Python processes alone, so nothing else imports this module.
 """
@@ -38,7 +38,8 @@ class TritonPythonModel:
         checkpoint = load_checkpoint(path)
         if checkpoint.digest != parameters["digest"]:
             raise triton.TritonModelException(
-                f"{path}: expected the checkpoint {parameters['digest']}, got {checkpoint.digest}; write the model again"
+                f"{path}: expected the checkpoint {parameters['digest']}, got {checkpoint.digest}; "
+                "write the model again"
             )
         self._purifier = Purifier(
             checkpoint,

@@ -134,7 +134,9 @@ def write_model(
                 "max_batch": str(batching.max_batch),
             }  # fmt: skip
         else:
-            file = export(checkpoint, backend, staging, kind, precision=precision, max_batch=batching.max_batch).paths[0]
+            file = export(checkpoint, backend, staging, kind, precision=precision, max_batch=batching.max_batch).paths[
+                0
+            ]
             file.rename(version / f"model{file.suffix}")
             for other in staging.iterdir():  # what this library, and not the server, wants beside a plan
                 if other.is_file():
