@@ -27,7 +27,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite, asked for without paths or -n, runs in a process for each core, with one thread each."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     # Servers and clusters would be in each other's way.
-    if whole and not _is_integration(config) and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    if (
+        whole
+        and not _is_integration(config)
+        and config.pluginmanager.hasplugin("xdist")
+        and config.option.numprocesses is None
+    ):
         config.option.numprocesses = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "logical"
         config.option.dist = "loadfile"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which import torch anew

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from defense_vae_fast.architecture import VAEConfig
-from defense_vae_fast.files import IMAGE_FORMATS, decode_image, read_image
+from defense_vae_fast.files import IMAGE_FORMATS, decode_image
 
 Kind = Literal["files", "parquet", "webdataset"]
 
@@ -226,7 +226,13 @@ def read(shard: Shard, config: VAEConfig) -> Iterator[Item]:
 def _read_files(shard: Shard, config: VAEConfig) -> Iterator[Item]:
     for name in shard.names:
         key = name or Path(shard.root).name
-        yield _item(key, key, _join(shard.root, name), config)
+        try:
+            with _join(shard.root, name).open("rb") as file:
+                data = file.read(_LARGEST + 1)
+        except OSError as error:
+            yield Item(key, key, None, str(error))
+        else:
+            yield _item(key, key, data, config)
 
 
 def _read_tar(shard: Shard, config: VAEConfig) -> Iterator[Item]:
@@ -242,7 +248,7 @@ def _read_tar(shard: Shard, config: VAEConfig) -> Iterator[Item]:
                     continue
                 key = str(member_path.with_suffix(""))
                 if member.size > _LARGEST:
-                    yield Item(source, key, None, f"expected at most {_LARGEST} bytes, got {member.size}")
+                    yield Item(source, key, None, f"expected a file of at most {_LARGEST} bytes, got more")
                     continue
                 file = tar.extractfile(member)
                 data = file.read() if file is not None else b""
@@ -291,9 +297,10 @@ def _row(source: str, key: str, value: pa.Scalar, config: VAEConfig) -> Item:
     return Item(source, key, pixels.reshape(height, width, channels), None)
 
 
-def _item(source: str, key: str, image: Path | bytes, config: VAEConfig) -> Item:
+def _item(source: str, key: str, data: bytes, config: VAEConfig) -> Item:
+    if len(data) > _LARGEST:
+        return Item(source, key, None, f"expected a file of at most {_LARGEST} bytes, got more")
     try:
-        pixels = read_image(image, config) if isinstance(image, Path) else decode_image(image, config)
-        return Item(source, key, pixels, None)
+        return Item(source, key, decode_image(data, config), None)
     except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error and more for damaged files
         return Item(source, key, None, " ".join(str(error).split()) or type(error).__name__)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ class PurifierDeployment:
         self._purifier.warmup()
         channels, height, width = self._purifier.config.image_shape
         self._shape = (height, width, channels)
+        self._sizes: Counter[int] = Counter()
         self._largest = 4 * channels * height * width + _OVERHEAD
         self._batched.set_max_batch_size(settings.max_batch)
         self._batched.set_batch_wait_timeout_s(settings.max_delay_ms / 1000)
@@ -94,9 +96,14 @@ class PurifierDeployment:
 
     @serve.batch  # type: ignore[untyped-decorator]  # one image in, one answer out, for those who call it
     async def _batched(self, images: list[Pixels]) -> list[tuple[Pixels, float]]:
+        self._sizes[len(images)] += 1
         # In a thread, so that the next batch gathers meanwhile.
         purified, scores = await asyncio.to_thread(self._purifier, np.stack(images), True)
         return [(image.copy(), float(score)) for image, score in zip(purified, scores, strict=True)]
+
+    def batch_sizes(self) -> dict[int, int]:
+        """How many batches of each size this replica has purified; whether sharing them pays."""
+        return dict(self._sizes)
 
     async def __call__(self, request: Request) -> Response:
         """An image file in the body -> a PNG file."""

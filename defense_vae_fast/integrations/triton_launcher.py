@@ -49,8 +49,11 @@ def running(
     with tempfile.TemporaryDirectory(prefix="defense-vae-fast-triton-") as folder:
         backends = Path(folder)
         _gather_python_backend(package / "tritonserver", backends / "python")
-        server = package / "tritonserver" / "bin" / "tritonserver"
-        command = [str(server), f"--model-repository={repository}", f"--backend-directory={backends}", *options]
+        shared = f"defense_vae_fast_{backends.name[-8:]}_"  # memory that the backend shares with its Python processes
+        command = [
+            str(package / "tritonserver" / "bin" / "tritonserver"), f"--model-repository={repository}",
+            f"--backend-directory={backends}", f"--backend-config=python,shm-region-prefix-name={shared}", *options,
+        ]  # fmt: skip
         process = subprocess.Popen(
             command, env=_environment(libraries), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -59,6 +62,8 @@ def running(
             yield process
         finally:
             _end(process)
+            for path in Path("/dev/shm").glob(f"{shared}*"):  # of a server that had to be killed
+                path.unlink(missing_ok=True)
 
 
 def _wheel() -> tuple[Path, Path]:
@@ -98,7 +103,7 @@ def _environment(libraries: Path) -> dict[str, str]:
     }
 
 
-def _end(process: subprocess.Popen[bytes], patience: float = 30.0) -> None:
+def _end(process: subprocess.Popen[bytes], patience: float = 60.0) -> None:  # the server's own is 30 seconds
     """Ask the server to end, then make it: it is the leader of a process group that holds its backends too."""
     if process.poll() is None:
         process.terminate()
