@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,9 @@ import pyarrow.parquet as pq
 
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.files import IMAGE_FORMATS, decode_image
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11
 
 Kind = Literal["files", "parquet", "webdataset"]
 
@@ -235,13 +240,24 @@ def _read_files(shard: Shard, config: VAEConfig) -> Iterator[Item]:
             yield _item(key, key, data, config)
 
 
+class _Member(tarfile.TarInfo):
+    """A member's header; one that is not there is an error, where tarfile takes it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):  # type: ignore[attr-defined]  # not in stubs
+            raise InputError("it ends without an end mark; was it cut short?") from None
+
+
 def _read_tar(shard: Shard, config: VAEConfig) -> Iterator[Item]:
     """Members in the order of the tar, read once from front to back; all but images are passed over."""
     [name] = shard.names
     path = _join(shard.root, name)
     source = name or path.name
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
             for member in tar:
                 member_path = PurePosixPath(member.name)
                 if not member.isfile() or member_path.suffix.lower() not in IMAGE_FORMATS:
@@ -253,11 +269,12 @@ def _read_tar(shard: Shard, config: VAEConfig) -> Iterator[Item]:
                 file = tar.extractfile(member)
                 data = file.read() if file is not None else b""
                 if len(data) != member.size:
-                    raise InputError(f"{path}: expected a whole tar, got one that ends within {member.name}")
+                    raise InputError(f"it ends within {member.name}; was it cut short?")
                 yield _item(source, key, data, config)
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+            while rest := tar.fileobj.read(tarfile.RECORDSIZE):
+                if rest.strip(b"\0"):
+                    raise InputError("it goes on after its end mark; are these several tars in one file?")
+    except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{path}: expected a tar, got a damaged one ({error})") from error
 
 

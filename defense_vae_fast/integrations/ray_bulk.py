@@ -264,7 +264,6 @@ class _Worker:
         self._unavailable: str | None = None
         try:
             self._purifier = Purifier.from_pretrained(job.checkpoint, **job.engine)
-            self._purifier.warmup()
         except (EngineUnavailable, ValueError, OSError) as error:
             # Told with the first shard: Ray would start an actor whose creation fails again and again.
             self._unavailable = str(error)
