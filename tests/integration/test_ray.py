@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ import ray
 import requests
 from PIL import Image
 from ray import serve
-from ray.cluster_utils import Cluster
 from test_bulk_files import png, write_tar
 from test_triton_server import free_ports
 
+from bench.cluster import Nodes, command_of, descendants, once, writers
 from defense_vae_fast import Purifier
 from defense_vae_fast.engines.base import EngineUnavailable
 from defense_vae_fast.integrations import ray_bulk
@@ -34,50 +33,21 @@ from defense_vae_fast.integrations.bulk_output import OutputError
 from defense_vae_fast.integrations.ray_bulk import BulkError, Done, Report, bulk
 from defense_vae_fast.integrations.ray_serve import SCORE_HEADER, app
 
-pytestmark = [
-    pytest.mark.integration, pytest.mark.timeout(180),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),  # Ray's own, of itself
-]  # fmt: skip
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
 Array = np.ndarray[Any, Any]
 SHARD, SHARDS = 250, 8
-STORE_BYTES = 80 << 20
-
-
-class Nodes:
-    """A cluster whose second node can be lost and come back."""
-
-    def __init__(self) -> None:
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 2, "object_store_memory": STORE_BYTES, "include_dashboard": False},
-        )
-        self.second: Any = None
-        self.add()
-
-    def add(self) -> None:
-        if self.second is None:
-            self.second = self.cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-
-    def lose(self) -> None:
-        self.cluster.remove_node(self.second, allow_graceful=False)
-        self.second = None
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    # Of this process and of those that it starts: nothing is told, and no token is kept in a home folder.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        made = Nodes()
-        try:
-            ray.init(address=made.cluster.address, log_to_driver=False)
-            yield made
-        finally:
-            ray.shutdown()
-            made.cluster.shutdown()
-    assert not [pid for pid in descendants(os.getpid()) if b"ray" in command_of(pid)]
+    made = Nodes()
+    try:
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        yield made
+    finally:
+        made.close()
+    assert not [command_of(pid) for pid in descendants(os.getpid()) if "ray" in command_of(pid)]
 
 
 @pytest.fixture(scope="module")
@@ -125,64 +95,6 @@ def assert_complete(out: Path, pixels: Array, purifier: Purifier) -> None:
     assert [path.name for path in out.iterdir() if path.suffix != ".parquet"] == []
 
 
-def descendants(pid: int) -> list[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found, grown = {pid}, True
-    while grown:
-        more = {child for child, parent in parents.items() if parent in found} - found
-        grown = bool(more)
-        found |= more
-    return sorted(found - {pid})
-
-
-def command_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def writers(out: Path, below: int) -> list[int]:
-    """Processes below one that have an unfinished part of ``out`` open."""
-    found = []
-    for pid in descendants(below):
-        try:
-            links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        except OSError:
-            continue
-        if any(link.startswith(str(out)) and link.endswith(".tmp") for link in links):
-            found.append(pid)
-    return found
-
-
-@contextmanager
-def once(condition: Callable[[], Any], act: Callable[[Any], None]) -> Iterator[list[Any]]:
-    """Wait beside the block for ``condition`` and then ``act`` on it; what it was."""
-    left, seen = threading.Event(), []
-
-    def watch() -> None:
-        while not left.is_set():
-            if value := condition():
-                seen.append(value)
-                act(value)
-                return
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield seen
-    finally:
-        left.set()
-        watcher.join(60)
-
-
 # Bulk
 
 
@@ -210,9 +122,8 @@ def test_a_lost_node_costs_nothing(
     nodes: Nodes, shards: Path, pixels: Array, purifier: Purifier, checkpoint_path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    raylet = nodes.second.all_processes["raylet"][0].process.pid
-
-    with once(lambda: writers(out, raylet), lambda _: nodes.lose()) as caught:
+    second = nodes.second_process
+    with once(lambda: writers(out, second), lambda _: nodes.lose()) as caught:
         report = run(shards, out, checkpoint_path, actors=2, encoding="raw")
     nodes.add()
     assert caught, "no actor of the second node was caught at work"
@@ -291,7 +202,7 @@ def test_the_command_tells_of_bad_images_and_goes_on(
 
 
 def test_a_bad_image_is_the_end_if_so_wished(nodes: Nodes, mixed: Path, checkpoint_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(BulkError, match=r"photos/3\.png: expected an image file"):
+    with pytest.raises(BulkError, match=r"3\.png: expected an image file"):
         run(mixed / "photos", tmp_path / "out", checkpoint_path, fail_on_bad=True)
     assert not list((tmp_path / "out").glob("*.parquet"))
 
