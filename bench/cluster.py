@@ -15,15 +15,19 @@ import ray
 from ray.cluster_utils import Cluster
 
 _STORE_BYTES = 80 << 20  # images do not pass through Ray
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}  # tells nobody, keeps no token at home
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody
+    "RAY_AUTH_MODE": "disabled",  # keeps no token in a home folder
+    "RAY_worker_niceness": "0",  # beside other programs, workers with Ray's own 15 hardly move
+}
 
 
 class Nodes:
     """A running cluster whose second node can be lost and come back; this process is connected to it."""
 
     def __init__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-        os.environ.update(_ENVIRONMENT)
+        self._before = {name: os.environ.get(name) for name in ENVIRONMENT}
+        os.environ.update(ENVIRONMENT)
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 2, "object_store_memory": _STORE_BYTES, "include_dashboard": False},

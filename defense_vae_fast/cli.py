@@ -472,7 +472,7 @@ Exit codes:
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="Where the engine runs.")
 @click.option(
     "--address", metavar="ADDRESS",
-    help="A Ray cluster, or 'auto' for the one that runs here; by default RAY_ADDRESS, or one made for the run.",
+    help="A Ray cluster, or 'local' for a new one; by default RAY_ADDRESS, or one that runs here, or a new one.",
 )  # fmt: skip
 @click.option(
     "--actors", type=click.IntRange(1), metavar="N", help="Engines; by default one a GPU, or one a node without GPUs."

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import ray.data
+import ray.util.scheduling_strategies
 
 from defense_vae_fast import __version__
 from defense_vae_fast.checkpoint import load_checkpoint, save_checkpoint
@@ -143,8 +144,9 @@ def bulk(
         encoding: of the output's images: "png", or "raw" for the bytes of (H, W, C).
         fail_on_bad: stop at the first image that cannot be used, instead of saying so in its row.
         force: remove parts of other work from ``out``.
-        address: of a Ray cluster; None for the one that this process is connected to, or that RAY_ADDRESS names, or a
-            new one on this machine for the time of the call.
+        address: of a Ray cluster; "local" for a new one on this machine, for the time of the call; None for the one
+            that this process is connected to, or that RAY_ADDRESS names, or that runs on this machine, or else a new
+            one.
         started: called once, with what is known and done already.
         advance: called for each shard when it is done.
 
@@ -238,6 +240,7 @@ def _pass(pending: dict[str, Shard], job: _Job, resources: dict[str, Any]) -> It
                 # actor, which may wait for a node that never comes.
                 max_restarts=-1,
                 max_task_retries=0,
+                ray_remote_args_fn=_next_node() if not resources["num_gpus"] else None,
                 **resources,
             )
         for answer in answers.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
@@ -294,6 +297,7 @@ class _Worker:
         state = self._purifier.info()
         about = {
             "version": __version__, "shard": shard.title, "checkpoint": state["checkpoint"]["digest"],
+            "node": ray.get_runtime_context().get_node_id(),
             "shape": [*self._purifier.config.image_shape[1:], self._purifier.config.channels],
             **{name: state[name] for name in ("engine", "precision", "device")},
         }  # fmt: skip
@@ -339,6 +343,16 @@ def _read_ahead(items: Iterator[Item], reader: ThreadPoolExecutor) -> Iterator[l
     while batch := coming.result():
         coming = reader.submit(take)
         yield batch
+
+
+def _next_node() -> Callable[[], dict[str, Any]]:
+    """Options that put one actor after another on one node after another: by what they reserve, all would fit on one.
+
+    An actor whose node is lost goes to another.
+    """
+    nodes = cycle([node["NodeID"] for node in ray.nodes() if node["Alive"]])
+    affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    return lambda: {"scheduling_strategy": affinity(next(nodes), soft=True)}
 
 
 def _actors(actors: int | None, gpus: float | None, device: str) -> dict[str, Any]:

@@ -158,6 +158,8 @@ def test_what_is_done_is_not_done_again(
     assert again.images == len(pixels)
     assert {path: path.stat().st_ino for path in before} == before
     assert_complete(out, pixels, purifier)
+    told = [json.loads(pq.read_metadata(path).metadata[b"defense_vae_fast"]) for path in out.glob("*.parquet")]
+    assert len({each["node"] for each in told}) == 2, "both nodes were at work"
     # All done: Ray is not even asked.
     assert run(shards, out, checkpoint_path, encoding="raw").resumed == SHARDS
     with pytest.raises(OutputError, match="8 of its files are of another input, checkpoint or option"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_triton_server import free_ports, wait_until_ready
 
-from bench.cluster import command_of, descendants
+from bench.cluster import ENVIRONMENT, command_of, descendants
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
@@ -45,7 +45,7 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
     code = "\n\n".join(blocks("python")).replace("127.0.0.1:8000", f"127.0.0.1:{http}")
     code = code.replace("handle = serve", f'serve.start(http_options={{"port": {serve}}})\nhandle = serve')
     (tmp_path / "examples.py").write_text(code + CHECKS)
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": "local"}
     log = tmp_path / "server.log"
     with log.open("wb") as file:
         server = subprocess.Popen([sys.executable, *launch[1:], *options], cwd=tmp_path, stdout=file, stderr=file)
