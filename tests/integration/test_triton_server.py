@@ -75,6 +75,8 @@ def server(checkpoint_path: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     write_model(repository, checkpoint_path, engine="openvino", batching=batching)
     write_model(repository, checkpoint_path, name="floats", kind="float", engine="openvino", precision="fp32",
                 batching=Batching(max_batch=16, max_delay_us=200_000))  # fmt: skip
+    write_model(repository, checkpoint_path, name="narrow", engine="openvino",
+                batching=Batching(max_batch=1, preferred=(), max_queue=1))  # fmt: skip
     before = list(Path("/dev/shm").glob("defense_vae_fast_*"))
     ports = free_ports(3)
     log = repository.parent / "server.log"
@@ -290,6 +292,28 @@ def test_a_bad_value_fails_alone(server: Server) -> None:
         np.testing.assert_array_equal(answers[index], alone)
     after = counters(server, "floats")
     assert after["nv_inference_exec_count"] - before["nv_inference_exec_count"] < 5
+
+
+def test_an_overloaded_model_says_so(server: Server, purifier: Purifier, images: Array) -> None:
+    """One image at a time and one place to wait: of sixteen clients many are sent away, and none gets rubbish."""
+    together = threading.Barrier(16)
+
+    def client(number: int) -> str:
+        together.wait(30)
+        try:
+            clean, _ = server.infer(images[number : number + 1], "narrow")
+        except InferenceServerException as error:
+            return str(error)
+        np.testing.assert_array_equal(clean, purifier(images[number : number + 1]))
+        return ""
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = [answer for _ in range(5) for answer in pool.map(client, range(16))]
+    assert "" in answers
+    refused = [answer for answer in answers if answer]
+    assert refused
+    assert all("maximum queue size" in answer for answer in refused), refused
+    assert server.infer(images[:1], "narrow")[0].shape == (1, 28, 28, 1)
 
 
 def test_the_log_says_which_engine(server: Server) -> None:
