@@ -32,6 +32,7 @@ def lines(results: Results, machine: dict[str, Any]) -> list[str]:
         *_best_lines(results),
         "",
         *_stream_lines(results),
+        *serving_lines(results),
         *gpu_lines(results),
     ]
 
@@ -168,6 +169,22 @@ def _stream_lines(results: Results) -> list[str]:
         "the same run; bound: of p99, four full batches and the stream's delay, twice that beyond 100 %.",
     ]
     return [*shown, *(columns([header, *body]) if body else []), *legend]
+
+
+def serving_lines(results: Results) -> list[str]:
+    """Requests a second of a server with and without batching: nothing where that was not measured."""
+    header = ["server", "clients", "requests/s", "gain", "images a batch", "p50", "p99"]
+    body = [
+        [
+            row.name, str(row.details["clients"]), number(row.details["requests_per_second"]),
+            number(row.details["gain"]), number(row.details["images_per_batch"]), duration(row.p50),
+            duration(row.details["p99"]),
+        ]
+        for row in results.of("serving")
+    ]  # fmt: skip
+    if not body:
+        return []
+    return ["", *columns([header, *body]), "gain: requests/s over those without dynamic batching, blocks in turns"]
 
 
 def gpu_lines(results: Results) -> list[str]:

@@ -23,10 +23,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from rich.console import Console
 
     from defense_vae_fast.demo import Result
     from defense_vae_fast.files import Job
+    from defense_vae_fast.integrations.ray_bulk import Done
+    from defense_vae_fast.integrations.ray_bulk import Report as BulkReport
     from defense_vae_fast.purifier import Purifier
     from defense_vae_fast.purify import Report
     from defense_vae_fast.regions import Method
@@ -132,6 +136,10 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
 
 
 _debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+_checkpoint = click.option(
+    "--checkpoint", "-c", default="fashion_mnist", show_default=True, metavar="NAME|FILE",
+    help="A shipped purifier by name, or a .safetensors file.",
+)  # fmt: skip
 _engine = click.option(
     "--engine", default="auto", show_default=True, metavar="NAME", help="What computes; 'info' lists what works here."
 )
@@ -231,10 +239,7 @@ Exit codes:
     "--output", "-o", required=True, type=_Path(), metavar="DIR",
     help="Folder for the results; made if it is not there.",
 )  # fmt: skip
-@click.option(
-    "--checkpoint", "-c", default="fashion_mnist", show_default=True, metavar="NAME|FILE",
-    help="A shipped purifier by name, or a .safetensors file.",
-)  # fmt: skip
+@_checkpoint
 @_engine
 @click.option(
     "--precision", default="auto", show_default=True, metavar="NAME",
@@ -602,6 +607,185 @@ def export(
         )  # fmt: skip
         sizes = ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in done.paths)
         click.echo(f"{output}: {sizes}: {done.note}")
+
+
+@main.command(
+    name="triton-repository",
+    epilog=f"""\b
+Examples:
+  {PROGRAM} triton-repository models/
+  {PROGRAM} triton-repository models/ -c mine.safetensors --name mine --max-delay 500
+  {PROGRAM} triton-repository models/ --name purifier_onnx --backend onnx""",
+)
+@click.argument("repository", type=_Path(), metavar="DIR")
+@_checkpoint
+@click.option("--name", default="purifier", show_default=True, help="The model's name, and its folder's.")
+@click.option(
+    "--backend", type=click.Choice(["python", "onnx", "tensorrt"]), default="python", show_default=True,
+    help="What runs it in the server: a Purifier, ONNX Runtime, or TensorRT (written on the GPU that serves it).",
+)  # fmt: skip
+@click.option(
+    "--images", "kind", type=click.Choice(["uint8", "float"]), default="uint8", show_default=True,
+    help="What clients send: uint8 (N, H, W, C), or float32 (N, C, H, W) in [0, 1].",
+)  # fmt: skip
+@_engine
+@click.option(
+    "--precision", metavar="NAME",
+    help="Arithmetic of the engine, or of the graph as in 'export'; the usual one by default.",
+)  # fmt: skip
+@click.option(
+    "--max-batch", type=click.IntRange(1, 1 << 16), default=64, show_default=True, help="Most images of a batch."
+)  # fmt: skip
+@click.option(
+    "--preferred", "preferred", type=click.IntRange(1, 1 << 16), multiple=True, default=(8, 16, 32, 64),
+    show_default=True, metavar="N",
+    help="Batch size that the server sends off at once; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--max-delay", "max_delay_us", type=click.IntRange(0, 1 << 30), default=0, show_default=True, metavar="US",
+    help="Microseconds that a request waits for others; 0 batches what queues up while the model is busy.",
+)  # fmt: skip
+@click.option(
+    "--max-queue", type=click.IntRange(0, 1 << 30), default=1024, show_default=True,
+    help="Requests that may wait; more are refused. 0: any number.",
+)  # fmt: skip
+@click.option(
+    "--instances", type=click.IntRange(1, 1024), default=1, show_default=True,
+    help="Copies of the model in the server; one uses all of a CPU.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace a model of this name that this command wrote.")
+@_debug
+def triton_repository(
+    repository: Path,
+    checkpoint: str,
+    name: str,
+    backend: str,
+    kind: str,
+    engine: str,
+    precision: str | None,
+    max_batch: int,
+    preferred: tuple[int, ...],
+    max_delay_us: int,
+    max_queue: int,
+    instances: int,
+    force: bool,
+) -> None:
+    """Write a model for NVIDIA Triton Inference Server.
+
+    DIR is a model repository; other models in it are left alone. The backend 'python' needs this package in the
+    server's Python, the others need nothing. See docs/serving.md for how to start the server.
+    """
+    from defense_vae_fast.integrations import triton_server as work
+
+    written = work.write_model(
+        repository, checkpoint, name=name, backend=backend, kind=kind, engine=engine,  # type: ignore[arg-type]  # click
+        precision=precision, batching=work.Batching(max_batch, preferred, max_delay_us, max_queue),
+        instances=instances, force=force,
+    )  # fmt: skip
+    click.echo(f"{written}: the model {name!r} for the backend {backend}; start the server with")
+    click.echo(f"  tritonserver --model-repository={repository}")
+
+
+@main.command(
+    epilog=f"""\b
+Examples:
+  {PROGRAM} bulk photos/ clean/
+  {PROGRAM} bulk shards/ clean/ -c mine.safetensors --address auto
+  {PROGRAM} bulk images.parquet clean/ --column image --key-column id
+
+\b
+Exit codes:
+  0  every image was purified
+  1  some images or shards could not be used, each reported in the output or on stderr; the rest were done
+  2  wrong usage, or the work was not finished; the same command goes on from there"""
+)
+@click.argument("source", type=_Path(), metavar="IN")
+@click.argument("output", type=_Path(), metavar="OUT")
+@_checkpoint
+@_engine
+@click.option("--precision", default="auto", show_default=True, metavar="NAME", help="Arithmetic of the engine.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="Where the engine runs.")
+@click.option(
+    "--address", metavar="ADDRESS",
+    help="A Ray cluster, or 'local' for a new one; by default RAY_ADDRESS, or one that runs here, or a new one.",
+)  # fmt: skip
+@click.option(
+    "--actors", type=click.IntRange(1), metavar="N", help="Engines; by default one a GPU, or one a node without GPUs."
+)
+@click.option(
+    "--encoding", type=click.Choice(["png", "raw"]), default="png", show_default=True,
+    help="Images of the output: PNG files, or the bytes of uint8 (H, W, C).",
+)  # fmt: skip
+@click.option("--column", default="image", show_default=True, help="Column of a Parquet input that holds images.")
+@click.option(
+    "--key-column", metavar="NAME", help="Column of a Parquet input with their names; row numbers without it."
+)
+@click.option(
+    "--shard-images", type=click.IntRange(1), default=8192, show_default=True,
+    help="Image files, or least rows of Parquet, that are done or not done as a whole. A tar is one shard.",
+)  # fmt: skip
+@click.option("--fail", "fail_on_bad", is_flag=True, help="Stop at the first image that cannot be used.")
+@click.option("--force", is_flag=True, help="Remove what runs with other inputs or options left in OUT.")
+@_debug
+@click.pass_context
+def bulk(context: click.Context, /, source: Path, output: Path, **options: Any) -> None:
+    """Purify a great many images on the machines of a Ray cluster, or on this one.
+
+    IN is a folder of image files, Parquet files or WebDataset tars, searched to any depth, or one of these. OUT gets a
+    Parquet file for each shard of the input, with the columns source, key, image, score and error; every node has to
+    see IN and OUT under the same path. What was done before a stop is not done again.
+    """
+    try:
+        from defense_vae_fast.integrations import ray_bulk as work
+    except ModuleNotFoundError as error:
+        if error.name not in ("ray", "pyarrow"):
+            raise
+        message = f"bulk: {error.name} is not installed; pip install 'defense-vae-fast[ray]'"
+        raise click.ClickException(message) from error
+    report = _bulk_with_progress(work, source, output, options)
+    for done in report.damaged:
+        _say(f"{done.title}: {done.error}")
+    kept = f", {_count(report.resumed, 'shard')} of them done before" if report.resumed else ""
+    click.echo(
+        f"{_count(report.images - report.failed, 'image')} in {_count(report.shards - len(report.damaged), 'shard')} "
+        f"purified into {output}{kept}"
+        + (f"; {_count(report.failed, 'image')} could not be used, see the column 'error'" if report.failed else "")
+        + (f"; {_count(len(report.damaged), 'shard')} failed" if report.damaged else "")
+    )
+    if report.failed or report.damaged:
+        context.exit(EXIT_SOME_FAILED)
+
+
+def _bulk_with_progress(work: ModuleType, source: Path, output: Path, options: dict[str, Any]) -> BulkReport:
+    import logging
+    import time
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong there is in the report
+    console = _console(stderr=True)
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("shards, {task.description} eta"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting Ray,", total=None)
+        images, begun = 0, time.monotonic()
+
+        def started(report: BulkReport) -> None:
+            progress.update(task, total=report.shards, completed=report.resumed)
+
+        def advance(done: Done) -> None:
+            nonlocal images
+            images += done.images
+            rate = images / (time.monotonic() - begun)
+            progress.update(task, advance=1, description=f"{images:,} images, {rate:,.0f}/s,")
+            for reason in done.reasons:
+                _say(reason)
+            if done.failed > len(done.reasons):
+                _say(f"{done.title}: and {done.failed - len(done.reasons)} more")
+
+        report: BulkReport = work.bulk(source, output, started=started, advance=advance, **options)
+    return report
 
 
 @main.command(

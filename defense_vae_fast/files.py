@@ -6,17 +6,18 @@ handle one file each.
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.atomic import replacing
@@ -184,8 +185,8 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def read_image(path: Path, config: VAEConfig) -> Array:
-    """One picture as uint8 (H, W, C), turned upright where its EXIF data say so.
+def read_image(path: Path | IO[bytes], config: VAEConfig) -> Array:
+    """One picture, a file's path or the open file, as uint8 (H, W, C), turned upright where its EXIF data say so.
 
     For a one-channel network a WebP without colours counts as gray, since that format knows no other.
 
@@ -213,6 +214,19 @@ def read_image(path: Path, config: VAEConfig) -> Array:
     if (pixels.max(axis=2) - pixels.min(axis=2)).max() > _GRAY_WEBP_SPREAD:
         raise ValueError(f"expected a {side}x{side} {label} image, got a WebP with colours; convert it first")
     return pixels[:, :, 1:2]  # green, which is nearest to the brightness
+
+
+def decode_image(data: bytes, config: VAEConfig) -> Array:
+    """The picture that an image file's bytes hold, as :func:`read_image`.
+
+    Raises:
+        ValueError, OSError: as :func:`read_image`.
+    """
+    try:
+        return read_image(io.BytesIO(data), config)
+    except UnidentifiedImageError:  # whose message names an object in memory
+        kinds = ", ".join(sorted(set(IMAGE_FORMATS.values())))
+        raise ValueError(f"expected an image file ({kinds}), got {len(data)} bytes of something else") from None
 
 
 def write_image(path: Path, pixels: Array) -> None:

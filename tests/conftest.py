@@ -18,6 +18,7 @@ from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, save_checkpo
 from training.pool import CLASSIFIER_FOLDER
 from training.train_classifier import load_classifier
 
+INTEGRATION_FOLDER = Path(__file__).parent / "integration"
 GPU_REASON = "no CUDA device, or hidden because the tests were not started with -m gpu"
 
 
@@ -25,7 +26,13 @@ GPU_REASON = "no CUDA device, or hidden because the tests were not started with 
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite, asked for without paths or -n, runs in a process for each core, with one thread each."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    # Servers and clusters would be in each other's way.
+    if (
+        whole
+        and not _is_integration(config)
+        and config.pluginmanager.hasplugin("xdist")
+        and config.option.numprocesses is None
+    ):
         config.option.numprocesses = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "logical"
         config.option.dist = "loadfile"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which import torch anew
@@ -39,6 +46,21 @@ def pytest_configure(config: pytest.Config) -> None:
     # for the interpreter on a GPU too.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _is_integration(config: pytest.Config) -> bool:
+    return "integration" in str(config.getoption("markexpr"))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the tests that start a server or a cluster, whose packages a plain test environment has not."""
+    return True if collection_path == INTEGRATION_FOLDER and not _is_integration(config) else None
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if _is_integration(config):
+        return None
+    return "left out: tests/integration; pip install '.[test,integration]', then pytest -m integration"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -391,3 +391,23 @@ def test_a_mosaic_is_cut_up_again(side: int) -> None:
     frame = regions.mosaic(images)
     assert frame.shape == (2 * side, 25 * side, 1)
     np.testing.assert_array_equal(regions.cut(frame, 50, side), images)
+
+
+def test_the_servers_table() -> None:
+    told = {"clients": 8, "requests_per_second": 1500.0, "gain": 1.25, "images_per_batch": 5.5, "p99": 0.009}
+    shown = report.serving_lines(Results([Row("serving", "Triton, 8 clients, batched", 1, (0.005,) * 3, told)]))
+    assert shown[-2].split() == [
+        "Triton,",
+        "8",
+        "clients,",
+        "batched",
+        "8",
+        "1,500",
+        "1.25",
+        "5.50",
+        "5.00",
+        "ms",
+        "9.00",
+        "ms",
+    ]
+    assert report.serving_lines(Results()) == []
