@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 Group = Literal[
     "startup", "matmul", "copy", "bandwidth", "engine", "device", "released", "search", "stream", "kernel", "step",
-    "paper", "forms", "timeline", "frames",
-    "serving",
+    "paper", "forms", "timeline", "frames", "serving",
 ]  # fmt: skip
 
 P99_CALLS = 100  # fewer calls than this have no 99th percentile worth printing
