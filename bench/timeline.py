@@ -121,9 +121,8 @@ def draw(path: Path, timelines: Sequence[dict[str, Any]]) -> bool:
         axes.set(yticks=range(count), yticklabels=[f"worker {worker}" for worker in range(count)], title=title)
         axes.invert_yaxis()
     panels[-1, 0].set_xlabel("microseconds")
-    panels[0, 0].legend(
-        handles=[Patch(color=COLOURS[stage], label=stage) for stage in STAGES], fontsize="small", ncols=3
-    )
+    handles = [Patch(color=COLOURS[stage], label=stage) for stage in STAGES]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(STAGES), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
