@@ -283,5 +283,6 @@ def check_output(output: Path, source: str, boxes: Path | None, scores: Path | N
     if output.exists() and not force:
         raise PlanError(f"{output} exists already; pass --force to overwrite, or name another file")
     if scores is not None:
-        jobs = [Job(path, output, output.name) for path in inputs] or [Job(output, output, output.name)]
+        # A camera is no file; its folder, which is there, stands in for it.
+        jobs = [Job(path, output, output.name) for path in inputs or [output.parent]]
         check_extra_output(scores, jobs, force=force)

@@ -479,14 +479,45 @@ def test_doctor_compares_a_plan_on_the_gpu_that_it_is_for(tmp_path: Path, engine
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
 @pytest.mark.parametrize("kind", ["uint8", "float", "half"])
-def test_a_joined_engine_agrees_on_the_gpu(tmp_path: Path, classifier_path: Path, kind: str) -> None:
-    capability = cuda.compute_capability(cuda.current_ordinal())
-    result = export_rtx(tmp_path, classifier_path, "--images", kind, "--compute-capability", capability)
+@pytest.mark.parametrize("format", ["tensorrt", "tensorrt-rtx"])
+def test_a_joined_engine_agrees_on_the_gpu(
+    tmp_path: Path, classifier_path: Path, format: str, kind: str, precision: str
+) -> None:
+    package = {"tensorrt": plans.TENSORRT, "tensorrt-rtx": plans.RTX}[format]
+    if reason := package.missing():
+        pytest.skip(reason)
+    capability, options = cuda.compute_capability(cuda.current_ordinal()), []
+    if package.portable:
+        if capability not in plans.compute_capabilities(package):
+            pytest.skip(f"{package.module} builds nothing for compute capability {capability}")
+        options = ["--compute-capability", capability]
+    result = export(
+        "fashion_mnist", "-f", format, "--with", classifier_path, "--mean", MEAN, "--std", STD, "--max-batch", 8,
+        "--images", kind, "--precision", precision, *options, "-o", tmp_path,
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "agrees with float32 on this GPU" in result.stdout
     [path] = tmp_path.glob("*.plan")
-    assert CliRunner().invoke(cli.main, ["doctor", "--plan", str(path)]).exit_code == 0
+    checked = CliRunner().invoke(cli.main, ["doctor", "--plan", str(path)])
+    assert checked.exit_code == 0, checked.output
+    assert "in batches of 1, 8" in checked.stdout
+
+
+def test_numbers_for_each_channel(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(COLOUR, 4)
+    save_checkpoint(tmp_path / "colour.safetensors", checkpoint)
+    onnx.save(make_classifier(COLOUR), tmp_path / "yours.onnx")
+    result = export(
+        tmp_path / "colour.safetensors", "--with", tmp_path / "yours.onnx", "--mean", "0.485,0.456,0.406",
+        "--std", "0.229,0.224,0.225", "-f", "onnx", "--images", "float", "-o", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    expected = join(
+        checkpoint, make_classifier(COLOUR), image="float", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]
+    )
+    assert onnx.load(tmp_path / "colour_with_yours.float.fp32.onnx") == expected
 
 
 def test_the_limit_of_logits_grows_with_the_classifier(checkpoint: Checkpoint) -> None:

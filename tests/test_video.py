@@ -733,6 +733,14 @@ def test_sources_that_cannot_be_read(tmp_path: Path, checkpoint_path: Path, shor
     assert temporary(tmp_path) == []
 
 
+def test_results_of_a_source_that_is_no_file(tmp_path: Path, checkpoint_path: Path) -> None:
+    scores, url = _written(tmp_path / "s.jsonl", b"mine"), f"rtsp://127.0.0.1:{free_port()}/x"
+    words = (url, "-o", tmp_path / "out.mp4", "--tiles", "--scores", scores, "-c", checkpoint_path)
+    one_line(command(*words), "s.jsonl exists already; pass --force to overwrite")
+    one_line(command(*words, "--force"), "got: Connection refused")
+    assert scores.read_bytes() == b"mine"
+
+
 def test_sound_alone(tmp_path: Path, checkpoint_path: Path) -> None:
     with av.open(str(tmp_path / "in.wav"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
