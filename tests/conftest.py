@@ -60,7 +60,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_report_header(config: pytest.Config) -> str | None:
     if _is_integration(config):
         return None
-    return "left out: tests/integration; pip install '.[test,integration]', then pytest -m integration"
+    return (
+        "left out: tests/integration; pip install '.[test,integration]', then pytest -m integration tests/integration"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -305,5 +305,17 @@ assert both["purified"].shape == (8, 28, 28, 1) and both["score"].shape == (8,) 
 def test_the_base_install_has_no_toolbox() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     [base] = re.findall(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
-    for toolbox in ("torch", "opencv", "prometheus", "adversarial", "foolbox", "scikit", "av"):
+    for toolbox in (
+        "torch",
+        "opencv",
+        "prometheus",
+        "adversarial",
+        "foolbox",
+        "scikit",
+        "av",
+        "ray",
+        "pyarrow",
+        "nvidia",
+        "tritonclient",
+    ):
         assert not re.search(rf'"{toolbox}\b', base), toolbox

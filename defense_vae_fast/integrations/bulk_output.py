@@ -107,9 +107,10 @@ def finished(folder: Path, keys: Sequence[str], *, force: bool) -> dict[str, Par
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers left that were killed. Only when none is at work."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    """Remove the copies of checkpoints, and what writers left that were killed. Only when none is at work."""
+    for pattern in (".*.tmp", ".*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 class Writer:

@@ -84,7 +84,7 @@ class Report:
         images: rows of the output, unusable images included.
         failed: unusable images; their rows have an ``error`` instead of an image.
         resumed: shards that had been done before.
-        damaged: shards that could not be read, so that nothing of them is in the output.
+        damaged: shards that could not be read, purified or written, so that nothing of them is in the output.
     """
 
     shards: int
@@ -216,7 +216,6 @@ def bulk(
                 reason = _first_line(trouble) if trouble else "their actors die; look at Ray's logs"
                 raise BulkError(f"{len(pending)} of {len(shards)} shards do not get done, such as {first}: {reason}")
     remove_leftovers(folder)
-    copy.unlink()
     return report
 
 
@@ -289,6 +288,8 @@ class _Worker:
             return {**answer, "error": str(error), "bad": True}
         except (InputError, OSError) as error:
             return {**answer, "error": str(error)}
+        except Exception as error:  # of the engine, for instance: other shards may fare better, and a next run too
+            return {**answer, "error": f"{type(error).__name__}: {error}"}
 
     def _purify(self, key: str, shard: Shard) -> dict[str, Any]:
         folder = Path(self._job.out)
