@@ -614,7 +614,9 @@ ROWS = [
     {"stream", "regions"},
     {"regions_on_gpu"},
     {"purifier"},  # its ``submit`` and ``stream`` are a stream's
-    {"demo", "purify", "integrations", "export", "doctor"},
+    {"boxes_file", "video_reading"},
+    {"video_writing"},
+    {"demo", "purify", "video", "integrations", "export", "doctor"},
     {"cli"},
 ]
 
