@@ -646,8 +646,8 @@ Examples:
     help="Microseconds that a request waits for others; 0 batches what queues up while the model is busy.",
 )  # fmt: skip
 @click.option(
-    "--max-queue", type=click.IntRange(0, 1 << 30), default=1024, show_default=True,
-    help="Requests that may wait; more are refused. 0: any number.",
+    "--max-queue", type=click.IntRange(0, 1 << 30), default=0, show_default=True,
+    help="Requests that may wait; more are refused. 0: any number. A limit can cost latency, see docs/serving.md.",
 )  # fmt: skip
 @click.option(
     "--instances", type=click.IntRange(1, 1024), default=1, show_default=True,

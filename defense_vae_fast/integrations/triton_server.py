@@ -55,13 +55,15 @@ class Batching:
         preferred: sizes that are sent off at once; those above ``max_batch`` are left out.
         max_delay_us: microseconds for which a request waits for others before a batch of another size is sent off; 0
             gathers what has queued up while the model was busy, and holds nobody up.
-        max_queue: requests that may wait; those beyond are refused at once. 0: any number.
+        max_queue: requests that may wait; those beyond are refused at once. 0: any number. With a limit Triton (2.51)
+            stops preparing a batch while another runs, and its batcher then overslept 4 to 11 % of the requests of a
+            loaded machine by 500 ms.
     """
 
     max_batch: int = DEFAULT_MAX_BATCH
     preferred: tuple[int, ...] = PREFERRED
     max_delay_us: int = 0
-    max_queue: int = 1024
+    max_queue: int = 0
 
     def __post_init__(self) -> None:
         check_count("max_batch", self.max_batch)
@@ -181,7 +183,7 @@ def config(
         "dynamic_batching {",
         *([f"  preferred_batch_size: {preferred}"] if preferred else []),
         f"  max_queue_delay_microseconds: {batching.max_delay_us}",
-        f"  default_queue_policy {{ max_queue_size: {batching.max_queue} }}",
+        *([f"  default_queue_policy {{ max_queue_size: {batching.max_queue} }}"] if batching.max_queue else []),
         "}",
         f"instance_group [ {{ kind: {device} count: {instances}"
         + (f' profile: ["{profile}"] }} ]' if profile is not None else " } ]"),
