@@ -616,7 +616,8 @@ ROWS = [
     {"purifier"},  # its ``submit`` and ``stream`` are a stream's
     {"boxes_file", "video_reading"},
     {"video_writing"},
-    {"demo", "purify", "video", "integrations", "export", "doctor"},
+    {"demo", "purify", "video", "export", "doctor"},
+    {"integrations"},
     {"cli"},
 ]
 
