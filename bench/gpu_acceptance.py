@@ -12,11 +12,8 @@ Exit codes: 0 everything that ran passed; 1 something failed or ran out of time;
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -201,21 +198,13 @@ def _run(path: str, seconds: float, quick: bool) -> dict[str, Any]:
 
 
 def _pytest(words: list[str], seconds: float) -> tuple[int | None, str]:
-    """Exit code and output; None when it had to be stopped, with everything that it had started."""
+    """Exit code and output; None when it had to be stopped."""
+    from bench.process import run_limited
+
+    # pytest-benchmark's own --strict options are not ours.
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *words]
-    # pytest-benchmark's own --strict options are not ours; colours are for terminals.
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True, env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return None, output
-    return process.returncode, output
+    code, output, stopped = run_limited(command, seconds, cwd=ROOT)
+    return None if stopped else code, output
 
 
 def _tests(path: Path) -> dict[str, Any]:

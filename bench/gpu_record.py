@@ -2,6 +2,7 @@
 
     acceptance  every GPU test and benchmark (bench/gpu_acceptance.py)
     pycuda      PyCUDA built here, if it is not installed
+    rtx         whether TensorRT-RTX runs here, listed or not, if it is installed
     memcheck    the GPU tests of the csrc kernels under compute-sanitizer
     racecheck   the same for races in shared memory
     endurance   a million purifications on every engine that works here: same bytes, no growth
@@ -17,13 +18,9 @@ Exit codes: 0 all that ran passed; 1 something failed; 2 there is no GPU, and no
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
+from bench.process import ROOT, run_limited
 from bench.report import write_json
 from defense_vae_fast import cuda
 
-ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 OK, FAILED, NOTHING = 0, 1, 2
-NOTHING_TO_DO = 5  # exit code of pytest without tests, and of an endurance run whose engine cannot work here
+NOTHING_TO_DO = 5  # exit code of pytest without tests, and of a trial whose engine cannot work here
 GRACE_SECONDS = 60.0  # after an interrupt, for a training to save itself
 
 
@@ -64,12 +61,24 @@ class Step:
 def steps(out: Path) -> list[Step]:
     """All of them, in order."""
     training = (PYTHON, "-m", "training")
-    kernels = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-k", "kernels or frames")
+    kernels = (
+        PYTHON,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "tests/test_gpu.py",
+        "tests/test_region_kernels.py",
+        "-k",
+        "kernels or frames",
+    )
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool")
     found = [Step("acceptance", (PYTHON, "bench/gpu_acceptance.py", "--out", str(out / "gpu_acceptance.json")), 560)]
     if importlib.util.find_spec("pycuda") is None:
         found.insert(0, Step("pycuda", (PYTHON, "-m", "pip", "install", "pycuda>=2024.1"), 400))
     found += [
+        Step("rtx", (PYTHON, "-m", "bench.rtx_trial", "--out", str(out / "rtx_trial.json")), 300),
         Step("memcheck", (*sanitizer, "memcheck", *kernels), 400, "compute-sanitizer"),
         Step("racecheck", (*sanitizer, "racecheck", *kernels), 400, "compute-sanitizer"),
     ]
@@ -106,29 +115,13 @@ def run(step: Step) -> dict[str, Any]:
     if step.needs and not shutil.which(step.needs):
         return {"outcome": "skipped", "reason": f"{step.needs} is not installed"}
     start = time.monotonic()
-    process = subprocess.Popen(
-        step.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True, env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    stopped = False
-    try:
-        output, _ = process.communicate(timeout=step.seconds)
-    except subprocess.TimeoutExpired:
-        stopped = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-        try:
-            output, _ = process.communicate(timeout=GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+    code, output, stopped = run_limited(step.command, step.seconds, grace=GRACE_SECONDS)
     if stopped:
         outcome = "to be continued" if step.resumes else f"stopped after {step.seconds:.0f} s"
     else:
-        outcome = {0: "passed", NOTHING_TO_DO: "skipped"}.get(process.returncode, "failed")
+        outcome = {0: "passed", NOTHING_TO_DO: "skipped"}.get(code, "failed")
     return {
-        "outcome": outcome, "exit_code": process.returncode, "seconds": round(time.monotonic() - start, 1),
+        "outcome": outcome, "exit_code": code, "seconds": round(time.monotonic() - start, 1),
         "output": output[-4000:],
     }  # fmt: skip
 

@@ -119,16 +119,21 @@ def _expand(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
     if path.is_file() and _is_usable(path):
         yield path, Path(path.name)
     elif path.is_dir():
-        skipped = os.path.realpath(output)
-        for folder, folders, names in os.walk(path):
-            # In-place, so that os.walk does not descend; a second run must not purify the first one's results.
-            folders[:] = sorted(
-                name for name in folders if name[0] != "." and os.path.realpath(os.path.join(folder, name)) != skipped
-            )
-            for name in sorted(names):
-                file = Path(folder, name)
-                if name[0] != "." and _is_usable(file) and file.is_file():
-                    yield file, file.relative_to(path)
+        yield from ((file, file.relative_to(path)) for file in walk(path, skip=output) if _is_usable(file))
+
+
+def walk(folder: Path, skip: Path) -> Iterator[Path]:
+    """Files below ``folder`` in a fixed order, without hidden ones and without what is in the folder ``skip``."""
+    skipped = os.path.realpath(skip)
+    for place, folders, names in os.walk(folder):
+        # In-place, so that os.walk does not descend; a second run must not purify the first one's results.
+        folders[:] = sorted(
+            name for name in folders if name[0] != "." and os.path.realpath(os.path.join(place, name)) != skipped
+        )
+        for name in sorted(names):
+            path = Path(place, name)
+            if name[0] != "." and path.is_file():
+                yield path
 
 
 def _is_usable(path: Path) -> bool:

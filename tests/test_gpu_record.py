@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from bench import endurance, gpu_record
+from bench import endurance, gpu_record, rtx_trial
 from bench.gpu_record import Step
 from defense_vae_fast import cuda
 
-STEPS = ("acceptance", "memcheck", "racecheck", "endurance", "accuracy", "checkpoint", "tables")
+STEPS = ("acceptance", "rtx", "memcheck", "racecheck", "endurance", "accuracy", "checkpoint", "tables")
 
 
 def test_without_a_gpu_it_says_what_would_run(tmp_path, capsys):
@@ -77,6 +77,13 @@ def test_endurance(tmp_path):
     assert record["growth"]["host"] is not None
     if not cuda.has_device():
         assert endurance.main(["--engine", "tensorrt", "--out", str(out)]) == endurance.UNAVAILABLE
+
+
+def test_the_trial_of_rtx_says_why_it_is_not_tried(capsys):
+    if cuda.has_device():
+        pytest.skip("there is a GPU here")
+    assert rtx_trial.main([]) == rtx_trial.NOT_TRIED
+    assert "not tried: " in capsys.readouterr().out
 
 
 def test_endurance_sees_other_bytes_and_growth(monkeypatch):

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from defense_vae_fast.architecture import VAEConfig
-from defense_vae_fast.files import IMAGE_FORMATS, decode_image
+from defense_vae_fast.files import IMAGE_FORMATS, decode_image, walk
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11
@@ -139,15 +139,7 @@ def _walk(source: Path, skip: Path) -> Iterator[str]:
     if not source.is_dir():
         yield ""
         return
-    skipped = os.path.realpath(skip)
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(
-            name for name in folders if name[0] != "." and os.path.realpath(os.path.join(folder, name)) != skipped
-        )
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name[0] != "." and path.is_file():
-                yield path.relative_to(source).as_posix()
+    yield from (path.relative_to(source).as_posix() for path in walk(source, skip))
 
 
 def _kind_of(name: str) -> Kind | None:
