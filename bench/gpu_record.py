@@ -61,18 +61,8 @@ class Step:
 def steps(out: Path) -> list[Step]:
     """All of them, in order."""
     training = (PYTHON, "-m", "training")
-    kernels = (
-        PYTHON,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "tests/test_gpu.py",
-        "tests/test_region_kernels.py",
-        "-k",
-        "kernels or frames",
-    )
+    files = ("tests/test_gpu.py", "tests/test_region_kernels.py")
+    kernels = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", *files, "-k", "kernels or frames")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool")
     found = [Step("acceptance", (PYTHON, "bench/gpu_acceptance.py", "--out", str(out / "gpu_acceptance.json")), 560)]
     if importlib.util.find_spec("pycuda") is None:
