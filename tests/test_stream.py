@@ -639,7 +639,7 @@ def test_a_reader_that_is_behind_holds_the_stream_up(purifier: Purifier, gate: G
     for turn in range(50):
         stream.put(frames[turn % 40], tag=turn)
         time.sleep(0.001)
-    wait_until(lambda: stream._core._held_up())
+    wait_until(lambda: not stream._core._may_compute())
     computed = len(gate.batches)
     for turn in range(50, 100):
         stream.put(frames[turn % 40], tag=turn)
