@@ -369,6 +369,129 @@ def test_an_image_that_breaks_the_engine_fails_alone(
     assert adds_up(stream)
 
 
+# Lone frames
+
+
+@pytest.fixture
+def computed_on(purifier: Purifier, monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The thread of every call of the engine."""
+    threads: list[threading.Thread] = []
+    real = purifier._engine.run
+
+    def run(*args: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread())
+        return real(*args, **named)
+
+    monkeypatch.setattr(purifier._engine, "run", run)
+    return threads
+
+
+def test_whoever_waits_for_a_lone_frame_computes_it(
+    purifier: Purifier, computed_on: list[threading.Thread], frames: Array, expected: Array
+) -> None:
+    with purifier.stream() as stream:
+        for index, frame in enumerate(frames):
+            result = stream.put(frame, source=index % 3, tag=index).result()
+            np.testing.assert_array_equal(result.image, expected[index])
+            assert (result.tag, result.source, result.dropped) == (index, index % 3, None)
+        stats = stream.stats()
+    assert (stats["frames_out"], stats["in_progress"], stats["sources"]) == (len(frames), 0, 0)
+    assert stats["batch_sizes"] == {1: len(frames)}
+    # The stream's thread may have been quicker for the first one, which starts it.
+    assert computed_on[1:] == [threading.current_thread()] * (len(frames) - 1)
+
+
+@pytest.mark.parametrize("watch", ["stream's callback", "ticket's callback", "iteration", "timeout"])
+def test_nobody_elses_code_runs_where_a_result_is_waited_for(
+    purifier: Purifier, computed_on: list[threading.Thread], frames: Array, watch: str
+) -> None:
+    called_on: list[threading.Thread] = []
+
+    def note(_: Any) -> None:
+        called_on.append(threading.current_thread())
+
+    options: dict[str, Any] = {"callback": note} if watch == "stream's callback" else {"iterate": watch == "iteration"}
+    with purifier.stream(**options) as stream:
+        for frame in frames[:20]:
+            ticket = stream.put(frame)
+            if watch == "ticket's callback":
+                ticket.add_done_callback(note)
+            ticket.result(WAIT if watch == "timeout" else None)
+    assert threading.current_thread() not in {*called_on, *computed_on}
+    assert len(called_on) == (20 if "callback" in watch else 0)
+
+
+def test_a_frame_that_is_left_is_computed_all_the_same(
+    purifier: Purifier, computed_on: list[threading.Thread], frames: Array, expected: Array
+) -> None:
+    """After frames that were waited for, the thread is not woken for the next; it looks for itself."""
+    with purifier.stream(max_delay_ms=50) as stream:
+        for _ in range(3):
+            for frame in frames[:5]:
+                stream.put(frame).result()
+            ticket = stream.put(frames[7])
+            wait_until(ticket.done)
+            np.testing.assert_array_equal(ticket.result().image, expected[7])
+            assert computed_on[-1] is not threading.current_thread()
+            pair = [stream.put(frame) for frame in frames[:2]]
+            assert [one.result().dropped for one in pair] == [None, None]
+            stream.put(frames[0]).result()
+            # Half of its deadline is less than the thread sleeps.
+            assert stream.put(frames[0], deadline_ms=40).result(WAIT).dropped in (None, "deadline")
+    assert adds_up(stream)
+
+
+def test_frames_that_come_while_a_lone_one_is_computed(purifier: Purifier, gate: Gate, frames: Array) -> None:
+    """They wait for the engine, keep the order of their source, and are dropped as ever."""
+    with purifier.stream(max_delay_ms=0, queue=2, when_full="drop_oldest") as stream:
+        lone = stream.put(frames[0], source="a")
+        waiter = threading.Thread(target=lone.result)
+        waiter.start()
+        wait_until(lambda: gate.sizes == [1])
+        done: list[int] = []
+        later = [stream.put(frame, source="a") for frame in frames[1:5]]
+        for number, ticket in enumerate(later):
+            ticket.add_done_callback(lambda _, number=number: done.append(number))
+        assert not done
+        gate.open()
+        waiter.join(WAIT)
+        assert [ticket.result(WAIT).dropped for ticket in later] == ["oldest", "oldest", None, None]
+    assert done == [0, 1, 2, 3]
+    assert lone.result(0).dropped is None
+    assert gate.sizes == [1, 2]
+
+
+def test_ctrl_c_while_a_lone_frame_is_computed(
+    purifier: Purifier, frames: Array, expected: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the wait, and neither the stream nor the frame's source hangs."""
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with purifier.stream() as stream:
+        stream.put(frames[0]).result()
+        with monkeypatch.context() as patch:
+            patch.setattr(purifier._engine, "run", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                stream.put(frames[1]).result()
+        np.testing.assert_array_equal(stream.put(frames[2]).result().image, expected[2])
+        stats = stream.stats()
+    assert stats["dropped"] == {"failed": 1}
+    assert stats["frames_out"] == 2
+
+
+def test_a_result_does_not_keep_the_stream(purifier: Purifier, frames: Array) -> None:
+    with purifier.stream() as stream:
+        tickets = [stream.put(frames[0]), stream.put(frames[1])]
+        assert not tickets[1].cancel()
+        core = weakref.ref(stream._core)
+    del stream
+    gc.collect()
+    assert core() is None
+    assert tickets[0].result().dropped is None
+
+
 # The end
 
 
