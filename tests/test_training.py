@@ -30,7 +30,7 @@ from defense_vae_fast.nn.losses import (
     kl_divergence,
     reconstruction_loss,
 )
-from defense_vae_fast.nn.model import DefenseVAE, VAEOutput
+from defense_vae_fast.nn.model import MAX_LOGVAR, DefenseVAE, VAEOutput
 from training import pool
 from training.__main__ import cli, main
 from training.attacked import attacked_images
@@ -138,6 +138,22 @@ def test_eval_uses_the_mean_and_training_samples(size: int, channels: int) -> No
 
 
 # Classifiers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_log_variance_that_runs_away_leaves_everything_finite(dtype: torch.dtype) -> None:
+    """Without its bound exp(58 / 2) squared overflows in BatchNorm's running variance, and no checkpoint is written."""
+    torch.manual_seed(0)
+    model = DefenseVAE().train()
+    logvar = model.get_submodule(model.config.heads[1].name)
+    with torch.no_grad():
+        logvar.bias.fill_(200.0)  # type: ignore[union-attr, operator]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        output = model(torch.rand(8, 1, 28, 28))
+    assert float(output.logvar.detach().max()) == MAX_LOGVAR
+    (output.logits.float().mean() + output.kl.mean()).backward()  # type: ignore[union-attr]
+    tensors = {**model.state_dict(), **{name: weight.grad for name, weight in model.named_parameters()}}
+    assert [name for name, tensor in tensors.items() if not tensor.isfinite().all()] == []
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

@@ -16,6 +16,12 @@ from defense_vae_fast.nn.fused import BatchNormReLU2d, reparameterize
 from defense_vae_fast.nn.kernels.selection import Kernels, check
 
 
+# With a KL weight of 0 nothing holds the latent's noise down but what the decoder hears of it, and its BatchNorm takes any
+# scale away: at a learning rate of 2e-3 the log-variance was seen at 58 after 35 steps, and BatchNorm's running variance
+# became infinite. Five deviations of exp(8) fit into float16; training at the paper's rate stays far below.
+MAX_LOGVAR = 16.0
+
+
 class VAEOutput(NamedTuple):
     """What one pass through the network gives."""
 
@@ -24,7 +30,7 @@ class VAEOutput(NamedTuple):
     mu: Tensor
     """(N, latent_dim) latent means."""
     logvar: Tensor
-    """(N, latent_dim) logarithms of the latent variances."""
+    """(N, latent_dim) logarithms of the latent variances, at most ``MAX_LOGVAR``."""
     kl: Tensor | None = None
     """(N,) divergences of equation 2, where the latent was sampled, which gives them in passing."""
 
@@ -136,12 +142,15 @@ class DefenseVAE(nn.Module):
         }
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) images in [0, 1] -> (mu, logvar), each (N, latent_dim): q(z | x) of equation 3."""
+        """(N, C, H, W) images in [0, 1] -> (mu, logvar), each (N, latent_dim): q(z | x) of equation 3.
+
+        The log-variance ends at ``MAX_LOGVAR``.
+        """
         for layer in self.config.encoder:
             x = self.get_submodule(layer.name)(x)
         features = x.flatten(1)
         mu, logvar = (self.get_submodule(layer.name)(features) for layer in self.config.heads)
-        return mu, logvar
+        return mu, logvar.clamp(max=MAX_LOGVAR)
 
     def decode(self, z: Tensor) -> Tensor:
         """(N, latent_dim) -> (N, C, H, W) pixel logits: p(x | z) of equation 3."""
