@@ -27,6 +27,7 @@ Arrivals = Literal["camera", "poisson"]
 TICK = 0.001  # seconds that the sender sleeps at least: as network packets and camera frames, arrivals come in bunches
 KEPT = 1000  # latencies kept of each run: quantiles, the largest among them
 FIXED_BATCH = 64
+STEADY = 0.1  # change of the machine's speed within a run that the run still counts with
 
 
 class Arrival(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.load import STEADY
 from bench.rows import Results, Row
 from defense_vae_fast.atomic import replacing
 from training.paper import paper_rows
@@ -160,13 +161,16 @@ def _stream_lines(results: Results) -> list[str]:
             rates = [number(told["offered_per_second"]), number(told["out_per_second"])]
             times = [duration(row.p50), duration(told["p99"]), duration(told["p999"])]
             within = "" if told["p99"] <= told["bound"] else " missed"
+            if abs(told["full_batch_change"]) > STEADY:
+                within += f", the machine {1 / (1 + told['full_batch_change']) - 1:+.0%}"
             body.append(
                 [told["contestant"], told["arrivals"], str(told["sources"]), percent(told["load"]), *rates,
                  percent(told["dropped"] / told["frames"]), *times, duration(told["bound"]) + within]
             )  # fmt: skip
     legend = [
         "latency from the moment a frame was due to arrive; load: of the frames/s of calls with full batches of 64 in",
-        "the same run; bound: of p99, four full batches and the stream's delay, twice that beyond 100 %.",
+        "the same run; bound: of p99, four full batches and the stream's delay, twice that beyond 100 %; the machine:",
+        "change of its speed from right before to right after, if more than a tenth even in the last of four runs.",
     ]
     return [*shown, *(columns([header, *body]) if body else []), *legend]
 

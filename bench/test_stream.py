@@ -13,7 +13,7 @@ import pytest
 
 from bench.conftest import Measure, Record
 from bench.inputs import batches
-from bench.load import CONTESTANTS, Arrivals, Contestant, Outcome, Streamed, arrivals, run
+from bench.load import CONTESTANTS, STEADY, Arrivals, Contestant, Outcome, Streamed, arrivals, run
 from defense_vae_fast import Purifier
 from defense_vae_fast.checkpoint import Checkpoint
 
@@ -24,7 +24,7 @@ LOADS = (0.5, 0.8, 0.95, 2.0)
 SCENES: list[tuple[Arrivals, int]] = [("camera", 1), ("camera", 16), ("camera", 64), ("poisson", 16)]
 SECONDS = 4.0
 CAMERAS, FRAMES_A_SECOND = 16, 30
-STEADY, TRIES = 0.1, 4
+TRIES = 4
 
 Array = npt.NDArray[Any]
 

@@ -302,11 +302,11 @@ def test_arrivals(kind: load.Arrivals, sources: int) -> None:
     assert spread == pytest.approx(0 if kind == "camera" else 1, abs=0.1)
 
 
-def stream_row(name: str, share: float, p99: float) -> Row:
+def stream_row(name: str, share: float, p99: float, change: float = 0.02) -> Row:
     told = {
         "test": "load", "contestant": name, "arrivals": "camera", "sources": 16, "load": share,
         "offered_per_second": 100.0, "out_per_second": 90.0, "frames": 1000, "dropped": 100,
-        "p99": p99, "p999": 2 * p99, "bound": 0.05,
+        "p99": p99, "p999": 2 * p99, "bound": 0.05, "full_batch_change": change,
     }  # fmt: skip
     return Row("stream", f"{name} {share}", 1, (p99 / 2,) * 3, told)
 
@@ -319,7 +319,9 @@ def test_stream_lines_and_plot(results: Results, tmp_path: Path) -> None:
     for share in (0.5, 2.0):
         results.add(stream_row("stream", share, 0.01 * share))
         results.add(stream_row("one call a frame", share, 0.1 * share))
+    results.add(stream_row("unsteady", 0.8, 0.01, change=0.25))
     text = "\n".join(report.lines(results, described()))
+    assert text.count("the machine -20%") == 1
     assert "lone, streamed: 1.00 ms a frame (median of 1), +42 us" in text
     assert "full, streamed: 250 us a frame (median of 1), 91% of the throughput of calls" in text
     [slow, fast] = [line for share in ("one call", "stream ") for line in text.splitlines() if line.startswith(share)][

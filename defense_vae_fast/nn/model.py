@@ -15,10 +15,9 @@ from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.nn.fused import BatchNormReLU2d, reparameterize
 from defense_vae_fast.nn.kernels.selection import Kernels, check
 
-
-# With a KL weight of 0 nothing holds the latent's noise down but what the decoder hears of it, and its BatchNorm takes any
-# scale away: at a learning rate of 2e-3 the log-variance was seen at 58 after 35 steps, and BatchNorm's running variance
-# became infinite. Five deviations of exp(8) fit into float16; training at the paper's rate stays far below.
+# With a KL weight of 0 nothing holds the latent's noise down but what the decoder hears of it, and the decoder's BatchNorm
+# takes any scale away: at a learning rate of 2e-3 the log-variance was seen at 58 after 35 steps, and BatchNorm's running
+# variance became infinite. Five deviations of exp(8) fit into float16.
 MAX_LOGVAR = 16.0
 
 
