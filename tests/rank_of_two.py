@@ -81,6 +81,7 @@ def main(rank: int, folder: Path) -> None:
         made_pairs(split, ranks)
         steps(split, ranks)
         words(ranks)
+        ranks.wait()  # as training does: a rank that ends while the other still talks to it may be aborted
     finally:
         dist.destroy_process_group()
 
