@@ -108,7 +108,7 @@ class Stream:
     Callbacks, of the stream and of its tickets, run on the stream's own thread, one after the other: a slow one holds
     the stream up, and one that raises is logged. Whoever waits in :meth:`Ticket.result` for the only frame that there
     is, without callbacks, computes it on their own thread, which saves two changes of threads. While that goes on, a
-    lone frame that nobody waits for may be left for half of ``max_delay_ms``.
+    lone frame that nobody waits for may be left for ``max_delay_ms``.
 
     Args:
         engine: what computes.
