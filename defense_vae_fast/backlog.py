@@ -42,10 +42,14 @@ class Item:
         deadline: seconds after which nobody wants it any more.
     """
 
-    __slots__ = ("array", "deadline", "dropped", "error", "kind", "settled", "since", "slot", "source", "waited")
+    __slots__ = (
+        "array", "count", "deadline", "dropped", "error", "kind", "settled", "since", "slot", "source", "waited",
+    )  # fmt: skip
 
     def __init__(self, array: Images, kind: ImageKind, since: float, deadline: float = math.inf) -> None:
         self.array = array
+        self.count = len(array)
+        """Images in it."""
         self.kind = kind
         self.since = since
         self.deadline = deadline
@@ -55,11 +59,6 @@ class Item:
         self.error: BaseException | None = None
         self.settled = False
         self.source: Source[Any]
-
-    @property
-    def count(self) -> int:
-        """Images in it."""
-        return len(self.array)
 
 
 class Backlog(Generic[ItemT]):

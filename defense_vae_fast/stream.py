@@ -73,17 +73,28 @@ class Ticket(Future[Result]):
         Raises:
             TimeoutError: it is not there yet.
         """
-        if timeout is None and (core := self._core) is not None:
-            core.compute_here(self)
+        if timeout is None and (core := self._core) is not None and (result := core.compute_here(self)) is not None:
+            return result
+        self._wanted()
         return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The error, waited for like the result; None if there is none."""
+        self._wanted()
+        return super().exception(timeout)
+
+    def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
+        """Have ``fn`` called with this ticket when the result is there, at once if it is."""
+        super().add_done_callback(fn)
+        self._wanted()
 
     def cancel(self) -> bool:
         """False: it cannot be cancelled."""
         return False
 
-    def _forget(self) -> None:
-        """Let go of the stream, which need not live as long as its results."""
-        self._core = None
+    def _wanted(self) -> None:
+        if (core := self._core) is not None:
+            core.wake()
 
     def _has_callbacks(self) -> bool:
         return bool(self._done_callbacks)  # type: ignore[attr-defined]
@@ -108,7 +119,7 @@ class Stream:
     Callbacks, of the stream and of its tickets, run on the stream's own thread, one after the other: a slow one holds
     the stream up, and one that raises is logged. Whoever waits in :meth:`Ticket.result` for the only frame that there
     is, without callbacks, computes it on their own thread, which saves two changes of threads. While that goes on, a
-    lone frame that nobody waits for may be left for ``max_delay_ms``.
+    lone frame that nobody asks for may be left for five times ``max_delay_ms``, or half its deadline.
 
     Args:
         engine: what computes.
@@ -149,7 +160,7 @@ class Stream:
             raise TypeError(f"callback: expected a function of one Result, got {callback!r}")
         self._read = reader.read
         backlog: Backlog[_Job] = Backlog(queue, max_batch, delay, when_full)
-        self._core = _Core(engine, backlog, queue, when_full, callback, iterate, delay)
+        self._core = _Core(engine, backlog, queue, when_full, callback, iterate, 5 * delay)
         # The thread holds no reference to this object, so that a forgotten stream ends, after what waits.
         weakref.finalize(self, self._core.end).atexit = False
 
@@ -311,11 +322,11 @@ class _Job(Item):
 class _Frame(_Job):
     """What :meth:`Stream.put` was given."""
 
-    __slots__ = ("image", "score", "tag", "ticket")
+    __slots__ = ("image", "score", "tag")
+    future: Ticket
 
     def __init__(self, read: Batch, copied: _Copy, since: float, deadline: float, tag: Any, ticket: Ticket) -> None:
         super().__init__(read, copied, since, deadline, ticket)
-        self.ticket = ticket
         self.tag = tag
         self.image: Any = None
         self.score: float | None = None
@@ -331,7 +342,7 @@ class _Frame(_Job):
             self.future.set_exception(self.error)
         else:
             self.future.set_result(result)
-        self.ticket._forget()
+        self.future._core = None  # the stream need not live as long as its results
         return result
 
 
@@ -400,7 +411,8 @@ class _Core:
         self._idle = True
         self._helped = False  # another thread is computing, in :meth:`compute_here`
         # To wake the thread for a frame that its putter then computes costs as much as the rest of a lone frame's way
-        # (40 of 80 us). So while putters do that, it wakes by itself, this often, to see whether a frame was left.
+        # (40 of 80 us). So while putters do that, it wakes by itself, this often, to see whether a frame was left. With
+        # ``max_delay`` alone, 2 ms, the waking itself cost 10 to 20 us a frame.
         self._patience = patience
         self._watching = self._computed_here = False
         self._blocked: deque[object] = deque()  # those who wait for room, in their order
@@ -457,8 +469,7 @@ class _Core:
         """Queue an item; what that drops is handed out by the thread."""
         with self._lock:
             try:
-                # The thread alone makes room: in a callback, which runs on it, there is nothing to wait for.
-                if self._waits and not self._is_current():
+                if self._waits and (self._blocked or not self._backlog.has_room(item.count)):
                     self._wait_for_room(item.count)
                 self._check_running()
             except BaseException:
@@ -467,18 +478,25 @@ class _Core:
             self._in += item.count
             due = self._backlog.due
             now = time.monotonic()
-            self._settled += self._drop(self._backlog.add(item, source), now)
+            if dropped := self._backlog.add(item, source):
+                self._settled += self._drop(dropped, now)
             if self._thread is None:
                 self._thread = threading.Thread(target=_work, args=(self,), name="defense_vae_fast-stream", daemon=True)
                 self._thread.start()
             elif self._settled or self._backlog.due < due or self._backlog.ready(now, self._idle):
                 left = self._watching and self._backlog.images == item.count and not self._settled
-                if not left or self._backlog.due < item.since + self._patience:
+                if not left or item.deadline / 2 < self._patience:
                     self._work.notify()
+
+    def wake(self) -> None:
+        """Have a frame that may have been left for its putter computed by the thread."""
+        if self._watching:
+            with self._lock:
+                self._work.notify()
 
     def _wait_for_room(self, count: int) -> None:
         """First come, first served: otherwise whoever puts in a tight loop would take every place."""
-        if not self._blocked and self._backlog.has_room(count):
+        if self._is_current():  # the thread alone makes room: a callback, which runs on it, would wait for itself
             return
         turn = object()
         self._blocked.append(turn)
@@ -511,20 +529,23 @@ class _Core:
             self._hand_out(self._compute(batch))
         return True
 
-    def compute_here(self, ticket: Ticket) -> None:
-        """Compute a ticket's frame on the calling thread, if it is the only one and no callback would run here."""
+    def compute_here(self, ticket: Ticket) -> Result | None:
+        """Compute a ticket's frame on the calling thread, if it is the only one and no callback would run here.
+
+        Its result, or None where it has to be waited for or is an error.
+        """
         if self._callback is not None or self._results is not None:
-            return
+            return None
         with self._lock:
             alone = self._idle and self._backlog.images == 1 and not self._settled
             if not alone or self._backlog.first.future is not ticket or ticket._has_callbacks():
-                return
+                return None
             batch, settled = self._take(time.monotonic())
             self._helped = True
         try:
             if batch:
                 settled += self._compute(batch)
-            self._hand_out(settled[:1])
+            result = self._hand_out_one(settled[0]) if settled else None
         finally:  # Ctrl-C comes to this thread too
             with self._lock:
                 self._helped, self._computed_here = False, True
@@ -533,6 +554,7 @@ class _Core:
                     self._work.notify()
                 else:
                     self._idle = True
+        return result if result is None or result.error is None else None
 
     def _wait_for_work(self) -> bool:
         while not self._settled:
@@ -647,7 +669,7 @@ class _Core:
         self._computing = sum(item.count for item in batch)
         if self._blocked:
             self._room.notify_all()
-        return batch, self._drop(expired, now)
+        return batch, self._drop(expired, now) if expired else []
 
     def _drop(self, items: list[_Job], now: float) -> list[_Job]:
         """Account for dropped items; those that may be handed out now."""

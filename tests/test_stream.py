@@ -24,7 +24,7 @@ from test_images import pixels
 
 from defense_vae_fast import Purifier
 from defense_vae_fast.checkpoint import Checkpoint
-from defense_vae_fast.stream import Result, Stream
+from defense_vae_fast.stream import Result, Stream, Ticket
 
 Array = np.ndarray[Any, Any]
 WAIT = 60.0  # seconds, never reached unless something hangs
@@ -439,6 +439,31 @@ def test_a_frame_that_is_left_is_computed_all_the_same(
             # Half of its deadline is less than the thread sleeps.
             assert stream.put(frames[0], deadline_ms=40).result(WAIT).dropped in (None, "deadline")
     assert adds_up(stream)
+
+
+@pytest.mark.parametrize("ask", ["callback", "timeout", "exception", "await"])
+def test_a_frame_that_is_asked_for_is_not_left(purifier: Purifier, frames: Array, expected: Array, ask: str) -> None:
+    """The thread, which sleeps for minutes here, is woken whichever way the result is asked for."""
+
+    async def wait(ticket: Ticket) -> Result:
+        return await ticket
+
+    with purifier.stream(max_delay_ms=60_000) as stream:
+        for frame in frames[:3]:
+            stream.put(frame).result()
+        wait_until(lambda: stream._core._watching)
+        ticket = stream.put(frames[7])
+        if ask == "callback":
+            called = threading.Event()
+            ticket.add_done_callback(lambda _: called.set())
+            assert called.wait(WAIT)
+        elif ask == "timeout":
+            ticket.result(WAIT)
+        elif ask == "exception":
+            assert ticket.exception(WAIT) is None
+        else:
+            asyncio.run(asyncio.wait_for(wait(ticket), WAIT))
+        np.testing.assert_array_equal(ticket.result(0).image, expected[7])
 
 
 def test_frames_that_come_while_a_lone_one_is_computed(purifier: Purifier, gate: Gate, frames: Array) -> None:
