@@ -366,14 +366,23 @@ def test_a_short_soak(
 
 
 def test_growth_is_counted_after_the_first_minute() -> None:
-    def sample(seconds: float, memory: int, threads: int = 5) -> dict[str, Any]:
-        return {"seconds": seconds, "memory": memory, "threads": threads, "handles": 9}
+    def sample(seconds: float, in_use: int, threads: int = 5, resident: int = 5000) -> dict[str, Any]:
+        return {"seconds": seconds, "in_use": in_use, "resident": resident, "threads": threads, "handles": 9}
 
     start = [sample(0, 100), sample(30, 900)]
     assert soak.judge(start)["grew"] is None
     assert soak.judge([*start, sample(61, 1000), sample(200, 1020)])["grew"] is False
     assert soak.judge([*start, sample(61, 1000), sample(200, 1021)])["grew"] is True
     assert soak.judge([*start, sample(61, 1000), sample(200, 1000, threads=6)])["growth"]["threads"] == 1
+    late = [sample(61, 1000), sample(99, 1000), sample(100, 1000, resident=6000)]
+    assert soak.judge([*start, *late, sample(200, 1000, resident=6120)])["grew"] is False
+    assert soak.judge([*start, *late, sample(200, 1000, resident=6121)])["grew"] is True
+
+
+def test_what_is_in_use_is_seen() -> None:
+    before = soak.usage()["in_use"]
+    held = np.ones(10_000_000, np.uint8)
+    assert soak.usage()["in_use"] - before == pytest.approx(held.nbytes, rel=0.05)
 
 
 def test_the_soak_notices_a_wrong_image_and_a_wrong_order() -> None:
