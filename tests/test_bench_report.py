@@ -369,14 +369,15 @@ def test_growth_is_counted_after_the_first_minute() -> None:
     def sample(seconds: float, in_use: int, threads: int = 5, resident: int = 5000) -> dict[str, Any]:
         return {"seconds": seconds, "in_use": in_use, "resident": resident, "threads": threads, "handles": 9}
 
-    start = [sample(0, 100), sample(30, 900)]
+    start = [sample(0, 100), sample(30, 900), sample(61, 1000), sample(80, 1000), sample(90, 1000)]
     assert soak.judge(start)["grew"] is None
-    assert soak.judge([*start, sample(61, 1000), sample(200, 1020)])["grew"] is False
-    assert soak.judge([*start, sample(61, 1000), sample(200, 1021)])["grew"] is True
-    assert soak.judge([*start, sample(61, 1000), sample(200, 1000, threads=6)])["growth"]["threads"] == 1
-    late = [sample(61, 1000), sample(99, 1000), sample(100, 1000, resident=6000)]
-    assert soak.judge([*start, *late, sample(200, 1000, resident=6120)])["grew"] is False
-    assert soak.judge([*start, *late, sample(200, 1000, resident=6121)])["grew"] is True
+    assert soak.judge([*start, sample(200, 1020)])["grew"] is False
+    assert soak.judge([*start, sample(200, 1021)])["grew"] is True
+    assert soak.judge([*start, sample(200, 1000, threads=6)])["growth"]["threads"] == 1
+    end = [sample(120 + index, 1000, resident=resident) for index, resident in enumerate((5250, 9000, 5250))]
+    assert soak.judge([*start, *start[2:], *start[2:], *end])["grew"] is False
+    end[-1]["resident"] = 5251
+    assert soak.judge([*start, *start[2:], *start[2:], *end])["grew"] is True
 
 
 def test_what_is_in_use_is_seen() -> None:
