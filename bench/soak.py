@@ -3,8 +3,9 @@
 Again and again an engine is opened, streamed to from several threads and closed. Sources come and go, one frame in a
 hundred is bad, queues run over now and then. Every image is compared with the one that a plain call gives, every frame
 accounted for, every source's order checked. Bytes in use, resident memory, threads and handles are counted whenever all
-is closed; they may not have grown between the end of the first minute and the end. Exit code 1 where anything is
-wrong; the record is JSON. The process starts itself anew with ``PYTHONMALLOC=malloc``, so that the C library knows of all that is in use.
+is closed; they may not have grown between the end of the first minute and the end. Exit code 1 where anything is wrong;
+the record is JSON. The process starts itself anew with ``PYTHONMALLOC=malloc``, so that the C library knows of all that
+is in use.
 """
 
 from __future__ import annotations
