@@ -16,6 +16,7 @@ from bench.inputs import batches
 from bench.load import CONTESTANTS, STEADY, Arrivals, Contestant, Outcome, Streamed, arrivals, run
 from defense_vae_fast import Purifier
 from defense_vae_fast.checkpoint import Checkpoint
+from defense_vae_fast.stream import Stream
 
 BATCH = 64
 BLOCK = 50
@@ -109,6 +110,17 @@ def test_throughput(purifier: Purifier, frames: Array, quick: bool, measure: Mea
     )  # fmt: skip
 
 
+def streamed_batch_seconds(stream: Stream, frames: Array) -> float:
+    """The same for frames that go through a stream one by one, as fast as it takes them."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for ticket in [stream.put(frame) for frame in frames]:
+            ticket.result()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * BATCH / len(frames)
+
+
 @pytest.mark.parametrize("contestant", CONTESTANTS, ids=[each.name for each in CONTESTANTS])
 @pytest.mark.parametrize(("kind", "sources"), SCENES, ids=[f"{kind}-{sources}" for kind, sources in SCENES])
 @pytest.mark.parametrize("load", LOADS, ids=[f"{load:.0%}" for load in LOADS])
@@ -127,6 +139,20 @@ def test_load(
     _run(
         contestant, kind, sources, lambda full: load * BATCH / full, seconds, purifier, frames, quick, measure, record
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "sources"), SCENES, ids=[f"{kind}-{sources}" for kind, sources in SCENES])
+def test_own_capacity(
+    kind: Arrivals, sources: int, purifier: Purifier, frames: Array, quick: bool, measure: Measure, record: Record
+) -> None:
+    """The stream at 80 % of what it manages itself, which is less than calls with ready batches do."""
+
+    def rate(_: float) -> float:
+        with purifier.stream() as stream:
+            return 0.8 * BATCH / streamed_batch_seconds(stream, frames)
+
+    seconds = 0.4 if quick else SECONDS
+    _run(Streamed, kind, sources, rate, seconds, purifier, frames, quick, measure, record, "own capacity")
 
 
 def test_sixteen_cameras(purifier: Purifier, frames: Array, quick: bool, measure: Measure, record: Record) -> None:
