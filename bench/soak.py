@@ -38,9 +38,7 @@ DISTINCT = 256  # frames whose serial results are known
 PRODUCERS = 4
 BAD_SHARE = 0.01
 SETTLED_SECONDS = 60.0
-# Growth that still counts as none. The record itself is a kilobyte a life; free memory that the C library's heap keeps
-# moves what is resident by a tenth from one life to the next, so its medians are compared.
-IN_USE_SLACK, RESIDENT_SLACK = 0.02, 0.05
+SLACK = 0.02  # growth of memory that still counts as none; the record itself is a kilobyte a life
 POLICIES: tuple[WhenFull, ...] = ("block", "block", "block", "latest", "drop_oldest", "reject")
 
 Array = npt.NDArray[Any]
@@ -122,9 +120,13 @@ class Heap(ctypes.Structure):
 
 
 def usage() -> dict[str, int]:
-    """Bytes in use, resident bytes, threads and open handles of this process."""
+    """Bytes in use, resident bytes, threads and open handles of this process.
+
+    What the C library's heap keeps of freed memory goes back to the system first: the process no longer holds it.
+    """
     gc.collect()
     library = ctypes.CDLL(None)
+    library.malloc_trim(ctypes.c_size_t(0))
     library.mallinfo2.restype = Heap
     heap = library.mallinfo2()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -202,8 +204,8 @@ def judge(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "settled_after_seconds": first["seconds"],
         "resident_medians": medians,
         "growth": growth,
-        "grew": growth["in_use"] > IN_USE_SLACK * first["in_use"]
-        or growth["resident"] > RESIDENT_SLACK * medians[0]
+        "grew": growth["in_use"] > SLACK * first["in_use"]
+        or growth["resident"] > SLACK * medians[0]
         or growth["threads"] > 0
         or growth["handles"] > 0,
     }

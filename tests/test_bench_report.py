@@ -374,9 +374,9 @@ def test_growth_is_counted_after_the_first_minute() -> None:
     assert soak.judge([*start, sample(200, 1020)])["grew"] is False
     assert soak.judge([*start, sample(200, 1021)])["grew"] is True
     assert soak.judge([*start, sample(200, 1000, threads=6)])["growth"]["threads"] == 1
-    end = [sample(120 + index, 1000, resident=resident) for index, resident in enumerate((5250, 9000, 5250))]
+    end = [sample(120 + index, 1000, resident=resident) for index, resident in enumerate((5100, 9000, 5100))]
     assert soak.judge([*start, *start[2:], *start[2:], *end])["grew"] is False
-    end[-1]["resident"] = 5251
+    end[-1]["resident"] = 5101
     assert soak.judge([*start, *start[2:], *start[2:], *end])["grew"] is True
 
 
