@@ -4,8 +4,9 @@ Again and again an engine is opened, streamed to from several threads and closed
 hundred is bad, queues run over now and then. Every image is compared with the one that a plain call gives, every frame
 accounted for, every source's order checked. Bytes in use, resident memory, threads and handles are counted whenever all
 is closed; they may not have grown between the end of the first minute and the end. Exit code 1 where anything is wrong;
-the record is JSON. The process starts itself anew with ``PYTHONMALLOC=malloc``, so that the C library knows of all that
-is in use.
+the record is JSON. What was seen goes to a file meanwhile: a few small objects a life, kept in memory, would hold pages
+that the heap could give back. The process starts itself anew with ``PYTHONMALLOC=malloc``, so that the C library knows
+of all that is in use.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -38,7 +41,7 @@ DISTINCT = 256  # frames whose serial results are known
 PRODUCERS = 4
 BAD_SHARE = 0.01
 SETTLED_SECONDS = 60.0
-SLACK = 0.02  # growth of memory that still counts as none; the record itself is a kilobyte a life
+SLACK = 0.02  # growth of memory that still counts as none
 POLICIES: tuple[WhenFull, ...] = ("block", "block", "block", "latest", "drop_oldest", "reject")
 
 Array = npt.NDArray[Any]
@@ -187,12 +190,12 @@ def life(
     return {"when_full": when_full, "digest": f"{checker.digest:x}", "wrong": wrong, **counts}
 
 
-def judge(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def judge(lives: list[dict[str, Any]]) -> dict[str, Any]:
     """Growth from the end of the first minute to the end; None where the run was too short for it.
 
     For resident memory: from the median of the first quarter of that time to the median of the last.
     """
-    settled = [one for one in samples if one["seconds"] >= SETTLED_SECONDS]
+    settled = [one for one in lives if one["seconds"] >= SETTLED_SECONDS]
     if len(settled) < 4:
         return {"settled_after_seconds": None, "growth": None, "grew": None}
     first, last = settled[0], settled[-1]
@@ -230,26 +233,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine = purifier.info()
     frames = np.random.default_rng(options.seed).integers(0, 256, (DISTINCT, height, width, channels), dtype=np.uint8)
     started = time.monotonic()
-    samples = [{"seconds": 0.0, "frames": 0, **usage()}]
-    lives: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with tempfile.TemporaryFile("w+") as kept, Progress(*columns) as bar:
         task = bar.add_task("soaking", total=options.frames)
         left = options.frames
-        while left >= PRODUCERS:
+        for number in itertools.count():
             count = min(left, options.life)
-            when_full = POLICIES[len(lives) % len(POLICIES)]
-            lives.append(
-                life(options.checkpoint, engine["engine"], engine["precision"], when_full, count,
-                     options.seed + len(lives), frames, lambda done: bar.advance(task, done))
+            if count < PRODUCERS:
+                break
+            seen = life(
+                options.checkpoint, engine["engine"], engine["precision"], POLICIES[number % len(POLICIES)], count,
+                options.seed + number, frames, lambda done: bar.advance(task, done),
             )  # fmt: skip
             left -= count
-            seconds = time.monotonic() - started
-            samples.append({"seconds": round(seconds, 1), "frames": options.frames - left, **usage()})
-            bar.update(
-                task, description=f"{samples[-1]['in_use'] / 1e6:,.1f} MB in use, {samples[-1]['threads']} threads"
-            )
-    verdict = judge(samples)
+            now = usage()
+            seen |= {"seconds": round(time.monotonic() - started, 1), **now}
+            kept.write(json.dumps(seen) + "\n")
+            bar.update(task, description=f"{now['in_use'] / 1e6:,.1f} MB in use, {now['threads']} threads")
+        kept.seek(0)
+        lives = [json.loads(each) for each in kept]
+    verdict = judge(lives)
     wrong = [f"life {index}: {line}" for index, each in enumerate(lives) for line in each["wrong"]]
     total = {name: sum(each[name] for each in lives) for name in ("frames_in", "frames_out")}
     dropped: Counter[str] = Counter()
@@ -262,10 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "checkpoint_digest": engine["checkpoint"]["digest"],
         **total,
         "dropped": dict(dropped),
-        "seconds": samples[-1]["seconds"],
+        "seconds": lives[-1]["seconds"],
         "wrong": wrong,
         **verdict,
-        "samples": samples,
         "lives": lives,
     }
     write_json(options.out, record)
