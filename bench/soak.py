@@ -6,7 +6,8 @@ accounted for, every source's order checked. Bytes in use, resident memory, thre
 is closed; they may not have grown between the end of the first minute and the end. Exit code 1 where anything is wrong;
 the record is JSON. What was seen goes to a file meanwhile: a few small objects a life, kept in memory, would hold pages
 that the heap could give back. The process starts itself anew with ``PYTHONMALLOC=malloc``, so that the C library knows
-of all that is in use.
+of all that is in use, and with ``MALLOC_ARENA_MAX=1``: where every thread may get a heap of its own, resident memory
+climbs by some 6 % in the first hundred engines, until all heaps have been used.
 """
 
 from __future__ import annotations
@@ -283,7 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if os.environ.get("PYTHONMALLOC") != "malloc":
-        os.environ["PYTHONMALLOC"] = "malloc"
+    heap = {"PYTHONMALLOC": "malloc", "MALLOC_ARENA_MAX": "1"}
+    if not os.environ.items() >= heap.items():
+        os.environ.update(heap)
         os.execv(sys.executable, sys.orig_argv)
     sys.exit(main())
