@@ -168,7 +168,8 @@ def test_resuming_keeps_the_loss_scale_and_a_step_number_on_the_device(
 
     def files(training: Training) -> dict[str, Any]:
         return {
-            "model": training.model, "averaged": training.averaged, "optimizer": training.optimizer,
+            "modules": {"model": training.model, "averaged": training.averaged},
+            "optimizers": {"optimizer": training.optimizer},
             "scaler": training.step.scaler, "device": torch.device("cpu"),
         }  # fmt: skip
 
@@ -229,8 +230,10 @@ def test_fused_and_plain_training_differ_by_rounding(images: Tensor, monkeypatch
     assert fused.run(0, 2, size=4) == pytest.approx(plain.run(0, 2, size=4), rel=2e-3)
     for name, value in plain.model.named_buffers():
         if value.is_floating_point():
-            error = (fused.model.get_buffer(name) - value).norm() / value.norm()
-            assert float(error) < 0.02, name
+            # A mean may be nearly 0: what counts is how far it lies off in standard deviations.
+            scale = plain.model.get_buffer(name.replace("mean", "var")).sqrt() if "mean" in name else value
+            error = (fused.model.get_buffer(name) - value).norm() / scale.norm()
+            assert float(error) < 0.002, name
 
 
 @pytest.mark.gpu

@@ -142,6 +142,11 @@ def fit(
         model.train(), average, optimizer, recipe, train.images, pool, clean_logits, amp=amp, recorder=recorder,
         ranks=ranks,
     )  # fmt: skip
+    whole: dict[str, Any] = {
+        "modules": {"model": model, "averaged": averaged},
+        "optimizers": {"optimizer": optimizer},
+        "scaler": run.scaler,
+    }
     monitor = Monitor(data, classifiers, device, out, tensorboard) if ranks.first else None
     shipped: DefenseVAE = averaged.module if recipe.averaging else model  # type: ignore[assignment]
     step = 0
@@ -149,9 +154,7 @@ def fit(
     torch.manual_seed(recipe.seed)
     if resume:
         step = check_state(state_path, about, steps)
-        load_state(
-            state_path, model=model, averaged=averaged, optimizer=optimizer, scaler=run.scaler, device=device
-        )  # fmt: skip
+        load_state(state_path, **whole, device=device)
 
     # All start from the same bits, whatever hardware each has made them on.
     ranks.spread([*model.state_dict().values(), *averaged.state_dict().values()])
@@ -172,10 +175,7 @@ def fit(
             stop = together and ranks.any(stopping.is_set())
             due = epoch_ends or stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES
             if due and monitor is not None:
-                save_state(
-                    state_path, step=step, model=model, averaged=averaged, optimizer=optimizer, scaler=run.scaler,
-                    run=about, device=device,
-                )  # fmt: skip
+                save_state(state_path, step=step, **whole, run=about, device=device)
                 accuracies = {"validation": monitor.latest} if step == steps else {}
                 made: dict[str, Any] = {"attacks": list(source.attacks), "steps_made": step, "steps_planned": steps}
                 if init is not None:

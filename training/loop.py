@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from defense_vae_fast.atomic import replacing
 from training.fit import LOG_FILE, SECONDS_BETWEEN_SAVES, STATE_FILE, _stop_signal
 from training.progress import bar
-from training.state import check_state
+from training.state import check_state, load_state, save_state
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         state = self.out / STATE_FILE
         if self.resume:
-            check_state(state, dict(self.about))
+            check_state(state, self.about)
         elif state.exists():
             raise FileExistsError(f"{self.out}: holds a run already; go on with --resume, or choose another --out")
 
@@ -92,8 +89,8 @@ class Run:
         torch.manual_seed(self.seed)
         made = 0
         if self.resume:
-            made = check_state(state, dict(self.about), steps)
-            _load(state, modules, optimizers, self.device)
+            made = check_state(state, self.about, steps)
+            load_state(state, modules=modules, optimizers=optimizers, device=self.device)
         saved = time.monotonic()
         with bar(title, steps, made) as progress, _stop_signal() as stopping:
             while made < steps:
@@ -105,61 +102,11 @@ class Run:
                     self.log({"step": made, "loss": round(float(loss), 5), **report(made)})
                 stop = stopping.is_set()  # asked once: what is left behind here is written first
                 if ends or stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                    _save(state, made, modules, optimizers, self.about, self.device)
+                    save_state(
+                        state, step=made, modules=modules, optimizers=optimizers, run=self.about, device=self.device
+                    )
                     finish(made)
                     saved = time.monotonic()
                 if stop:
                     break
         return made
-
-
-def _save(
-    path: Path,
-    step: int,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    about: Mapping[str, Any],
-    device: torch.device,
-) -> None:
-    tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    for prefix, module in modules.items():
-        tensors |= {f"{prefix}|{name}": value for name, value in module.state_dict().items()}
-    for prefix, optimizer in optimizers.items():
-        for index, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"{prefix}|{index}|{name}": value for name, value in values.items()}
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with replacing(path) as file:
-        file.write(save(tensors, {"run": json.dumps({"step": step, **about})}))
-
-
-def _load(
-    path: Path,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    device: torch.device,
-) -> None:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for prefix, module in modules.items():
-            module.load_state_dict({name: tensors[f"{prefix}|{name}"] for name in module.state_dict()})
-        for prefix, optimizer in optimizers.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            for key, value in tensors.items():
-                if not key.startswith(f"{prefix}|"):
-                    continue
-                _, index, name = key.split("|")
-                parameter = parameters[int(index)]
-                if value.shape == parameter.shape:
-                    # The fused optimizer pairs values by their place in memory: moments need their weight's strides.
-                    value = torch.empty_like(parameter).copy_(value)
-                state.setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        torch.set_rng_state(tensors["random.cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], device)
-    except (SafetensorError, KeyError, IndexError, RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: expected the state of this run, got {error!r}; delete it to start anew") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,33 @@ def save_state(
     path: Path,
     *,
     step: int,
-    model: nn.Module,
-    averaged: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    run: dict[str, Any],
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    run: Mapping[str, Any],
     device: torch.device,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Write models, optimizer moments, the loss's scale, random states and the step, to a file that is then renamed.
+    """Write weights, optimizer moments, the loss's scale, random states and the step, to a file that is then renamed.
 
-    ``run`` describes the run (its recipe and data) in plain JSON values; a later run must describe itself the same.
+    Modules and optimizers are told apart by their names. ``run`` describes the run (its recipe and data) in plain JSON
+    values; a later run must describe itself the same.
     """
     tensors: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    for prefix, module in (("model", model), ("averaged", averaged)):
+    for prefix, module in modules.items():
         tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-    state = optimizer.state_dict()["state"]
-    for index, values in state.items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-    tensors |= {f"scaler.{name}": torch.tensor(value) for name, value in scaler.state_dict().items()}
+    for prefix, optimizer in optimizers.items():
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"{prefix}.{index}.{name}": value for name, value in values.items()}
+    if scaler is not None:
+        tensors |= {f"scaler.{name}": torch.tensor(value) for name, value in scaler.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with replacing(path) as file:
         file.write(save(tensors, {"run": json.dumps({"step": step, **run})}))
 
 
-def check_state(path: Path, run: dict[str, Any], steps: int | None = None) -> int:
+def check_state(path: Path, run: Mapping[str, Any], steps: int | None = None) -> int:
     """Step of the state at ``path``, once it is clear that it belongs to this run.
 
     Args:
@@ -79,37 +81,48 @@ def check_state(path: Path, run: dict[str, Any], steps: int | None = None) -> in
 
 
 def load_state(
-    path: Path, *, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler, device: torch.device,
-) -> None:  # fmt: skip
+    path: Path,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    device: torch.device,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
     """Restore what :func:`save_state` wrote, in place.
 
     Raises:
-        ValueError: the file does not hold this network's training.
+        ValueError: the file does not hold this training of these networks.
     """
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for prefix, module in (("model", model), ("averaged", averaged)):
+        for prefix, module in modules.items():
             module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                parameter = parameters[int(index)]
-                if value.shape == parameter.shape:
-                    # The fused optimizer pairs values by their place in memory, so moments need their weight's strides.
-                    value = torch.empty_like(parameter).copy_(value)
-                state.setdefault(int(index), {})[name] = value
-        if scaler.is_enabled():
+        for prefix, optimizer in optimizers.items():
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": _moments(tensors, prefix, optimizer)})
+        if scaler is not None and scaler.is_enabled():
             scaler.load_state_dict({name: tensors[f"scaler.{name}"].item() for name in scaler.state_dict()})
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         torch.set_rng_state(tensors["random.cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], device)
     except (SafetensorError, KeyError, IndexError, RuntimeError, ValueError, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def _moments(
+    tensors: Mapping[str, Tensor], prefix: str, optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}."):
+            _, index, name = key.split(".")
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:
+                # The fused optimizer pairs values by their place in memory, so moments need their weight's strides.
+                value = torch.empty_like(parameter).copy_(value)
+            state.setdefault(int(index), {})[name] = value
+    return state
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
