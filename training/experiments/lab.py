@@ -163,7 +163,7 @@ class Lab:
         folder = self.folder(dataset, f"{name}-{training}", "defense_vae")
 
         def train(resume: bool) -> bool:
-            pairs = self._pairs(dataset, name, training)
+            pairs = self._pairs(dataset, name, training, recipe.attacked)
             return fit(
                 loaded, {name: attacked}, recipe, folder, device=self.device, pairs=pairs, resume=resume
             ).finished  # fmt: skip
@@ -183,19 +183,20 @@ class Lab:
         loaded = self.dataset(dataset)
         vae, seconds, purifier_digest = self._purifier(dataset, name, training)
         vae.requires_grad_(False)
-        pairs = partial(self._pairs, dataset, name, training)
+        pairs = partial(self._pairs, dataset, name, training, self.scale.trained_batch)
         folder = self.folder(dataset, f"{name}-{training}", column)
         if column == "defense_vae_rec":
             rec = replace(self.scale.rec, seed=self.seed)
+            settings = {**asdict(rec), "batch_size": self.scale.trained_batch}
             seconds += _train_once(
-                folder, {**asdict(rec), "purifier": purifier_digest},
+                folder, {**settings, "purifier": purifier_digest},
                 lambda resume: retrain(
                     loaded, name, attacked, vae, pairs, rec, folder, device=self.device, resume=resume
                 )[1],
             )  # fmt: skip
             student = load_weights(folder / CLASSIFIER_FILE, attacked, self.device)
             digests = {**digests, "checkpoint": purifier_digest, "classifier": weights_digest(student)}
-            return Made(defense_vae(attacked, vae, student, column), seconds, digests, asdict(rec))
+            return Made(defense_vae(attacked, vae, student, column), seconds, digests, settings)
         from_scratch = column == FROM_SCRATCH
         e2e = replace(self.scale.e2e, seed=self.seed, from_scratch=from_scratch)
         start = attacked
@@ -209,8 +210,9 @@ class Lab:
                 self.folder(dataset, f"{name}-{training}", "defense_vae_rec") / CLASSIFIER_FILE, attacked, self.device
             )
             seconds = rec_made.training_seconds
+        settings = {**asdict(e2e), "batch_size": self.scale.trained_batch}
         seconds += _train_once(
-            folder, {**asdict(e2e), "purifier": purifier_digest, "classifier": weights_digest(start)},
+            folder, {**settings, "purifier": purifier_digest, "classifier": weights_digest(start)},
             lambda resume: finetune(
                 loaded, name, attacked, vae, start, pairs, e2e, folder, device=self.device, resume=resume,
                 report_every=100,
@@ -220,7 +222,7 @@ class Lab:
         trained = place(DefenseVAE.from_checkpoint(bundle), self.device)
         student = load_weights(folder / CLASSIFIER_FILE, attacked, self.device)
         digests = {**digests, "checkpoint": bundle.digest, "classifier": weights_digest(student)}
-        return Made(defense_vae(attacked, trained, student, column), seconds, digests, asdict(e2e))
+        return Made(defense_vae(attacked, trained, student, column), seconds, digests, settings)
 
     def _magnet(self, dataset: str, attacked: nn.Module, digests: dict[str, str]) -> Made:
         loaded, folder = self.dataset(dataset), self.folder(dataset, "magnet")
@@ -294,13 +296,13 @@ class Lab:
         )  # fmt: skip
         return Split(made, split.labels)
 
-    def _pairs(self, dataset: str, name: str, training: str) -> PairSource:
+    def _pairs(self, dataset: str, name: str, training: str, batch_size: int) -> PairSource:
         recipe = self.scale.recipe(dataset, name, self.seed)
         # The same attacked images for every seed: they cost the most.
         make = partial(_make_kept, folder=self.runs / "attacked")
         return TablePairs(
             self.dataset(dataset).train.to(self.device), {name: self.classifier(dataset, name)},
-            batch_size=recipe.attacked, seed=self.seed, images=recipe.images or None,
+            batch_size=batch_size, seed=self.seed, images=recipe.images or None,
             cw_images=recipe.cw_images or None, attacks=training_attacks(training), make=make,
         )  # fmt: skip
 
