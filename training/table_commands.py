@@ -61,7 +61,7 @@ def table_command(
     \b
     Scales:
       quick  2,000 training images an attack, 500 test images: to see everything work
-      cpu    10,000 training images an attack (3,000 for CW), all test images: half an hour a classifier and core
+      cpu    20,000 training images an attack (6,000 for CW), all test images: an hour a classifier and core
       paper  everything, three seeds: for a GPU
 
     \b
