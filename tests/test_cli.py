@@ -549,7 +549,10 @@ def test_ctrl_c_ends_with_130_and_without_traceback_or_halves(tmp_path, model):
     np.save(tmp_path / "frames.npy", np.zeros((60_000, 28, 28, 1), np.uint8))
     out = tmp_path / "out"
     words = [*COMMAND, "purify", save_gray(tmp_path / "a.png"), tmp_path / "frames.npy", "-o", out, "-c", model]
+    # Tests that run in the background are started with the signal ignored, which the command would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 30
     while not (out / "a.png").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
