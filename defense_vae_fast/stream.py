@@ -360,7 +360,7 @@ class _Submission(_Job):
     def fill(self, purified: Images, scores: Scores) -> None:
         self.answer = self.to_images(purified)
         if self.return_score:
-            self.answer = self.answer, float(scores[0]) if self.single else self.to_scores(scores)
+            self.answer = self.answer, float(scores[0]) if self.single else self.to_scores(scores.copy())
 
     def resolve(self) -> None:
         if self.error is not None:
@@ -615,9 +615,10 @@ class _Core:
         return settled
 
     def _run(self, batch: list[_Job]) -> list[tuple[Images, Scores]]:
-        """Images and scores of each item, which own their memory."""
+        """Images, which own their memory, and scores of each item."""
         first = batch[0]
         if len(batch) == 1:
+            self._call_in()
             return [self._engine.run(first.array)]
         buffers = self._buffers.get(first.kind) or self._make_buffers(first.kind)
         places, stop = [], 0
@@ -625,9 +626,21 @@ class _Core:
             places.append(slice(stop, stop + item.count))
             stop += item.count
         images = buffers.images[:stop]
-        np.concatenate([item.array for item in batch], out=images)
+        slots = [item.slot for item in batch if item.slot is not None]
+        if len(slots) < len(batch):
+            np.concatenate([item.array for item in batch], out=images)
+        else:
+            # Not ``concatenate``: it lets go of the GIL for every array, and whoever puts takes it each time.
+            buffers.waiting.take(slots, axis=0, out=images, mode="clip")
+        self._call_in()
         purified, scores = self._engine.run(images, out=buffers.purified[:stop])
-        return [(purified[place].copy(), scores[place].copy()) for place in places]
+        return [(purified[place].copy(), scores[place]) for place in places]
+
+    def _call_in(self) -> None:
+        """Wake those who wait for room; sooner, they would take the GIL from whoever puts a batch together."""
+        if self._blocked:
+            with self._lock:
+                self._room.notify_all()
 
     def _run_apart(self, batch: list[_Job], error: BaseException) -> list[_Part]:
         """After an error: each item by itself, so that only the one that causes it fails."""
@@ -667,7 +680,7 @@ class _Core:
         batch, expired = self._backlog.take(now)
         self._idle = False
         self._computing = sum(item.count for item in batch)
-        if self._blocked:
+        if self._blocked and not batch:
             self._room.notify_all()
         return batch, self._drop(expired, now) if expired else []
 
