@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,15 @@ def _stream_lines(results: Results) -> list[str]:
     shown = []
     for row in rows:
         if row.details["test"] in ("load", "own capacity", "cameras"):
+            continue
+        if row.details["test"] == "eighty percent":
+            shares = row.details["shares_of_bound"]
+            times = f"{duration(min(row.seconds))} to {duration(max(row.seconds))}"
+            shown.append(
+                f"{row.name}: p99 {statistics.median(shares):.2f} of its bound, the median of {len(shares)} runs "
+                f"({min(shares):.2f} to {max(shares):.2f}; {times}), "
+                f"{percent(sum(row.details['dropped']) / sum(row.details['frames']))} dropped"
+            )
             continue
         line = f"{row.name}: {duration(row.p50)} a frame (median of {len(row.seconds)})"
         if "extra_seconds" in row.details:

@@ -316,6 +316,11 @@ def test_stream_lines_and_plot(results: Results, tmp_path: Path) -> None:
     assert not plot.draw_stream(tmp_path / "none.png", results)
     results.add(Row("stream", "lone, streamed", 1, (0.001,), {"test": "lone", "extra_seconds": 4.2e-05}))
     results.add(Row("stream", "full, streamed", 64, (0.016,), {"test": "throughput", "share_of_calls": 0.91}))
+    told = {
+        "test": "eighty percent", "shares_of_bound": [0.5, 2.0, 0.75], "bounds": [0.08] * 3, "frames": [100] * 3,
+        "dropped": [0, 30, 0], "full_batch_changes": [0.0] * 3,
+    }  # fmt: skip
+    results.add(Row("stream", "80 % of capacity, camera, 16 sources", 1, (0.04, 0.16, 0.06), told))
     for share in (0.5, 2.0):
         results.add(stream_row("stream", share, 0.01 * share))
         results.add(stream_row("one call a frame", share, 0.1 * share))
@@ -323,6 +328,10 @@ def test_stream_lines_and_plot(results: Results, tmp_path: Path) -> None:
     text = "\n".join(report.lines(results, described()))
     assert text.count("the machine -20%") == 1
     assert "lone, streamed: 1.00 ms a frame (median of 1), +42 us" in text
+    assert (
+        "80 % of capacity, camera, 16 sources: p99 0.75 of its bound, the median of 3 runs "
+        "(0.50 to 2.00; 40.0 ms to 160 ms), 10% dropped"
+    ) in text
     assert "full, streamed: 250 us a frame (median of 1), 91% of the throughput of calls" in text
     [slow, fast] = [line for share in ("one call", "stream ") for line in text.splitlines() if line.startswith(share)][
         1:3
