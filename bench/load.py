@@ -27,7 +27,36 @@ Arrivals = Literal["camera", "poisson"]
 TICK = 0.001  # seconds that the sender sleeps at least: as network packets and camera frames, arrivals come in bunches
 KEPT = 1000  # latencies kept of each run: quantiles, the largest among them
 FIXED_BATCH = 64
-STEADY = 0.1  # change of the machine's speed within a run that the run still counts with
+PULSE_EVERY = 0.02  # seconds between two looks at the machine's speed
+PULSES = 5  # that are looked at together
+PULSE_CHANGE = 0.15  # of the machine's speed from its median: it has two here, a factor of 1.4 apart for Python
+# What a run still counts with: change of the machine's speed from right before to right after, and share of the run in
+# which it was another than most of the time.
+STEADY = 0.1
+
+
+def pulse() -> float:
+    """CPU seconds of a fixed piece of work: more while the clock is low or a neighbour uses the same core.
+
+    Time spent waiting for a core does not count, so the load under test hardly shows in it.
+    """
+    start = time.thread_time()
+    total = 0
+    for number in range(1000):
+        total += number * number
+    return time.thread_time() - start
+
+
+def unsteady(pulses: Sequence[float]) -> float:
+    """Share of the time in which the machine's speed was another than its median, single outliers left out.
+
+    0 where there are too few pulses to say.
+    """
+    if len(pulses) < PULSES:
+        return 0.0
+    smooth = np.median(np.lib.stride_tricks.sliding_window_view(np.asarray(pulses), PULSES), axis=1)
+    ratio = smooth / np.median(smooth)
+    return float(np.mean((ratio > 1 + PULSE_CHANGE) | (ratio < 1 / (1 + PULSE_CHANGE))))
 
 
 class Arrival(NamedTuple):
@@ -158,6 +187,7 @@ class Outcome:
         seconds: from the first due arrival to the last result.
         late: the longest that the sender was behind its schedule, in seconds.
         stats: of the stream, where it is one.
+        pulses: of the machine meanwhile, each from :func:`pulse`.
     """
 
     latencies: Array
@@ -165,6 +195,7 @@ class Outcome:
     seconds: float
     late: float
     stats: dict[str, Any] | None
+    pulses: list[float]
 
     @property
     def dropped(self) -> int:
@@ -191,6 +222,8 @@ def run(contestant: Contestant, schedule: Sequence[Arrival], frames: Array) -> O
         AssertionError: a result is not what the purifier gives for that frame alone, bit for bit on OpenVINO.
     """
     late = 0.0
+    pulses: list[float] = []
+    next_pulse = 0.0
     gc.collect()
     gc.freeze()
     try:
@@ -198,6 +231,9 @@ def run(contestant: Contestant, schedule: Sequence[Arrival], frames: Array) -> O
         for index, arrival in enumerate(schedule):
             wait = start + arrival.at - time.perf_counter()
             if wait > 0:
+                if arrival.at >= next_pulse:
+                    pulses.append(pulse())
+                    next_pulse = arrival.at + PULSE_EVERY
                 time.sleep(max(wait, TICK))
             else:
                 late = max(late, -wait)
@@ -217,5 +253,6 @@ def run(contestant: Contestant, schedule: Sequence[Arrival], frames: Array) -> O
         assert stats["frames_in"] == len(schedule) == stats["frames_out"] + sum(stats["dropped"].values())
         assert stats["frames_out"] == np.isfinite(taken).sum()
     return Outcome(
-        np.sort(taken[np.isfinite(taken)]), len(schedule), float(np.nanmax(contestant.done) - due[0]), late, stats
-    )
+        np.sort(taken[np.isfinite(taken)]), len(schedule), float(np.nanmax(contestant.done) - due[0]), late, stats,
+        pulses,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 
 from bench.conftest import Measure, Record
 from bench.inputs import batches
-from bench.load import CONTESTANTS, STEADY, Arrivals, Contestant, Outcome, Streamed, arrivals, run
+from bench.load import CONTESTANTS, STEADY, Arrivals, Contestant, Outcome, Streamed, arrivals, run, unsteady
 from defense_vae_fast import Purifier
 from defense_vae_fast.checkpoint import Checkpoint
 from defense_vae_fast.stream import Stream
@@ -27,6 +27,7 @@ SECONDS = 4.0
 CAMERAS, FRAMES_A_SECOND = 16, 30
 TRIES = 4
 ROUNDS = 9  # runs of the load that is judged; the machines are noisy, so their median counts
+ROUND_TRIES = 12
 
 Array = npt.NDArray[Any]
 
@@ -160,7 +161,8 @@ def test_eighty_percent(purifier: Purifier, frames: Array, quick: bool, measure:
     """The load that is judged: the stream at 80 % of the capacity of calls, all scenes in turns.
 
     A run's p99 is told as a share of its own bound, four full batches as right before it and the delay, and the median
-    of the shares is to be at most 1.
+    of the shares is to be at most 1. Whether a run is made again is decided by the machine's speed, as everywhere here,
+    and not by the p99.
     """
     ran: dict[tuple[Arrivals, int], list[_Ran]] = {scene: [] for scene in SCENES}
 
@@ -169,7 +171,7 @@ def test_eighty_percent(purifier: Purifier, frames: Array, quick: bool, measure:
             for (kind, sources), runs in ran.items():
                 runs.append(
                     _steady(Streamed, kind, sources, lambda full: 0.8 * BATCH / full, 0.4 if quick else SECONDS,
-                            purifier, frames, quick)
+                            purifier, frames, quick, ROUND_TRIES)
                 )  # fmt: skip
 
     measure("stream, 80 % of capacity", turns, rounds=1)
@@ -181,6 +183,7 @@ def test_eighty_percent(purifier: Purifier, frames: Array, quick: bool, measure:
             shares_of_bound=[p99 / bound for p99, bound in zip(p99s, bounds, strict=True)], bounds=bounds,
             frames=[each.outcome.frames for each in runs], dropped=[each.outcome.dropped for each in runs],
             full_batch_changes=[each.change for each in runs],
+            unsteady=[unsteady(each.outcome.pulses) for each in runs], tries=[each.tries for each in runs],
         )  # fmt: skip
 
 
@@ -207,7 +210,7 @@ def _run(
     test: str = "load",
 ) -> None:
     """One contestant at the rate that ``rate_for`` gives for the time of a full batch, measured and recorded."""
-    outcome, full, rate, change = measure(
+    outcome, full, rate, change, _ = measure(
         f"stream, {kind} {sources}", _steady, rounds=1,
         args=(contestant, kind, sources, rate_for, seconds, purifier, frames, quick),
     )  # fmt: skip
@@ -229,6 +232,7 @@ class _Ran(NamedTuple):
     rate: float
     change: float
     """Of the time of a full batch, from right before to right after."""
+    tries: int
 
 
 def _steady(
@@ -240,18 +244,21 @@ def _steady(
     purifier: Purifier,
     frames: Array,
     quick: bool,
+    tries: int = TRIES,
 ) -> _Ran:
     """One contestant at the rate that ``rate_for`` gives for the time of a full batch.
 
-    That time is taken right before and after. Where the machine has changed its speed in between, as shared ones do by
-    a third, the load was not what it is called, and the run is made again, a few times at most.
+    That time is taken right before and after, and the machine's speed is looked at all the while. Where it has changed,
+    as that of shared machines does by a factor of two, the load was not what it is called, and the run is made again,
+    a few times at most.
     """
-    for _ in range(1 if quick else TRIES):
+    made, most = 0, 1 if quick else tries
+    while True:
+        made += 1
         before = batch_seconds(purifier, frames, quick)
         rate = rate_for(before)
         schedule = arrivals(kind, sources, rate, seconds)
         outcome = run(contestant(purifier, len(schedule)), schedule, frames)
         change = batch_seconds(purifier, frames, quick) / before - 1
-        if abs(change) <= STEADY:
-            break
-    return _Ran(outcome, before, rate, change)
+        if made == most or (abs(change) <= STEADY and unsteady(outcome.pulses) <= STEADY):
+            return _Ran(outcome, before, rate, change, made)

@@ -344,6 +344,17 @@ def test_stream_lines_and_plot(results: Results, tmp_path: Path) -> None:
     json.dumps(results.record(described()), allow_nan=False)
 
 
+def test_unsteady_machine() -> None:
+    steady = [1e-4, 1.05e-4] * 50
+    assert load.unsteady(steady) == 0
+    assert load.unsteady([*steady, 9e-4, *steady]) == 0  # an interrupt is no change of speed
+    slow_for_a_fifth = [1e-4] * 80 + [1.4e-4] * 20
+    assert load.unsteady(slow_for_a_fifth) == pytest.approx(0.2, abs=0.05)
+    assert load.unsteady([1.4e-4] * 100) == 0
+    assert load.unsteady([]) == 0
+    assert 0 < load.pulse() < 0.01
+
+
 @pytest.mark.parametrize("contestant", load.CONTESTANTS, ids=[each.name for each in load.CONTESTANTS])
 def test_every_contestant_does_all_frames(checkpoint: Checkpoint, contestant: type[load.Contestant]) -> None:
     frames = inputs.batches(8, (1, 28, 28), count=1)[0]
@@ -351,6 +362,7 @@ def test_every_contestant_does_all_frames(checkpoint: Checkpoint, contestant: ty
     with Purifier(checkpoint, engine="openvino") as purifier:
         outcome = load.run(contestant(purifier, len(schedule)), schedule, frames)
     assert outcome.frames == len(schedule)
+    assert len(outcome.pulses) >= 10
     assert outcome.dropped == 0
     assert (outcome.latencies > 0).all()
     kept = outcome.kept()
