@@ -235,3 +235,13 @@ def test_the_curve_keeps_the_later_of_two_lines(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"step": 0, "clean": 1}\n{"step": 8, "clean": 2}\n{"step": 4, "clean": 3}\n'
                                   '{"step": 8, "clean": 4}\n')  # fmt: skip
     assert [(line["step"], line["clean"]) for line in read_curve(tmp_path / "log")] == [(0, 1), (4, 3), (8, 4)]
+
+
+def test_recipes_of_a_scale() -> None:
+    scale = SCALES["cpu"]
+    usual, own = scale.recipe("fashion_mnist", "A", 3), scale.recipe("fashion_mnist", "C", 3)
+    assert (usual.classifiers, usual.seed, usual.images, usual.epochs) == (("A",), 3, 20_000, 2)
+    assert (own.classifiers, own.seed, own.images, own.steps) == (("C",), 3, 40_000, 30_000)
+    assert scale.recipe("mnist", "C", 0).images == usual.images
+    assert SCALES["paper"].recipe("celeba", "A", 0).images == 20_000
+    assert SCALES["paper"].recipe("cifar10_jpeg", "A", 0).images == 0
