@@ -1,4 +1,4 @@
-"""The whole GPU record, one command: ``python -m bench.gpu_record [--only STEP ...] [--out DIR]``.
+"""The whole GPU record: ``python -m bench.gpu_record [--only STEP ...] [--within SECONDS] [--scale S] [--out DIR]``.
 
     acceptance  every GPU test and benchmark (bench/gpu_acceptance.py)
     pycuda      PyCUDA built here, if it is not installed
@@ -8,10 +8,12 @@
     endurance   a million purifications on every engine that works here: same bytes, no growth
     accuracy    the shipped purifier's accuracy in fp16 beside float32, on the test set's images
     checkpoint  training at full scale: fresh attacks against all seven classifiers, then the polish
-    tables      the paper's Tables 1 to 4 at its own scale, three seeds
+    tables      the paper's Tables 1 to 4 at its own scale, three seeds, or at the scale that ``--scale`` names
 
 Steps run in this order, each in a process of its own with a time limit; a step that fails does not stop the others, and
 ``record.json`` is written after each. Training and tables go on where an earlier call stopped: give them more calls.
+On a GPU that is lent for so many minutes, ``--within`` ends all in time: a step gets what is left, one that can go on
+later saves itself first, and for what does not begin the record says so.
 Exit codes: 0 all that ran passed; 1 something failed; 2 there is no GPU, and nothing ran.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import shutil
 import sys
 import time
@@ -32,11 +35,13 @@ from bench import machine
 from bench.process import ROOT, run_limited
 from bench.report import write_json
 from defense_vae_fast import cuda
+from training.experiments.scale import SCALES
 
 PYTHON = sys.executable
 OK, FAILED, NOTHING = 0, 1, 2
 NOTHING_TO_DO = 5  # exit code of pytest without tests, and of a trial whose engine cannot work here
 GRACE_SECONDS = 60.0  # after an interrupt, for a training to save itself
+SHORTEST = 30.0  # seconds; no step begins with less left
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class Step:
     resumes: bool = False
 
 
-def steps(out: Path) -> list[Step]:
-    """All of them, in order."""
+def steps(out: Path, scale: str = "paper") -> list[Step]:
+    """All of them, in order; ``scale`` is that of the tables."""
     training = (PYTHON, "-m", "training")
     files = ("tests/test_gpu.py", "tests/test_region_kernels.py")
     kernels = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", *files, "-k", "kernels or frames")
@@ -94,20 +99,23 @@ def steps(out: Path) -> list[Step]:
                                 *(["--resume"] if begun[1] else [])), 1800, resumes=True),
         ]  # fmt: skip
     found += [
-        Step("tables", (*training, "table", number, "--scale", "paper"), 7200, resumes=True)
+        Step("tables", (*training, "table", number, "--scale", scale), 7200, resumes=True)
         for number in ("1", "2", "3", "4")
     ]
     return found
 
 
-def run(step: Step) -> dict[str, Any]:
-    """Run a step; its outcome, exit code, seconds and the end of what it printed."""
+def run(step: Step, left: float = math.inf) -> dict[str, Any]:
+    """Run a step in at most the ``left`` seconds; its outcome, exit code, seconds and the end of what it printed."""
     if step.needs and not shutil.which(step.needs):
         return {"outcome": "skipped", "reason": f"{step.needs} is not installed"}
+    limit = min(step.seconds, left - GRACE_SECONDS)
+    if limit < min(SHORTEST, step.seconds):
+        return {"outcome": "not begun", "reason": f"{max(0.0, left):.0f} s were left"}
     start = time.monotonic()
-    code, output, stopped = run_limited(step.command, step.seconds, grace=GRACE_SECONDS)
+    code, output, stopped = run_limited(step.command, limit, grace=GRACE_SECONDS)
     if stopped:
-        outcome = "to be continued" if step.resumes else f"stopped after {step.seconds:.0f} s"
+        outcome = "to be continued" if step.resumes else f"stopped after {limit:.0f} s"
     else:
         outcome = {0: "passed", NOTHING_TO_DO: "skipped"}.get(code, "failed")
     return {
@@ -122,9 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys(step.name for step in steps(Path())))
     parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help="these alone")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu")
+    parser.add_argument("--within", type=float, default=math.inf, metavar="SECONDS", help="end all in so many seconds")
+    parser.add_argument("--scale", choices=list(SCALES), default="paper", help="of the tables")
     options = parser.parse_args(arguments)
+    start = time.monotonic()
     out: Path = options.out.resolve()
-    chosen = [step for step in steps(out) if not options.only or step.name in options.only]
+    chosen = [step for step in steps(out, options.scale) if not options.only or step.name in options.only]
     if not cuda.has_device():
         print("there is no GPU here, so nothing was measured; this is what would run:")
         for step in chosen:
@@ -136,13 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record["machine"], record["gpus"] = machine.describe(), [device._asdict() for device in cuda.devices()]
     outcomes = []
     for step in chosen:
-        found = run(step)
+        found = run(step, options.within - (time.monotonic() - start))
         outcomes.append(found["outcome"])
         record["steps"][" ".join(step.command[1:])] = {"step": step.name, **found}
         write_json(path, record)
         print(f"{step.name}: {found['outcome']}")
     print(f"written to {path}")
-    return OK if all(outcome in ("passed", "skipped", "to be continued") for outcome in outcomes) else FAILED
+    return OK if {*outcomes} <= {"passed", "skipped", "to be continued", "not begun"} else FAILED
 
 
 if __name__ == "__main__":

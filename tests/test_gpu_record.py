@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_one_that_ignores_the_interrupt_is_killed(monkeypatch):
 
 def test_every_step_is_in_the_record_and_one_failure_is_the_verdict(tmp_path, monkeypatch):
     made = [python("good", "print('fine')"), python("bad", "raise SystemExit('broken')"), python("last", "")]
-    monkeypatch.setattr(gpu_record, "steps", lambda out: made)
+    monkeypatch.setattr(gpu_record, "steps", lambda out, scale="paper": made)
     monkeypatch.setattr(cuda, "has_device", lambda: True)
     assert gpu_record.main(["--out", str(tmp_path)]) == gpu_record.FAILED
     record = json.loads((tmp_path / "record.json").read_text())["steps"].values()
@@ -66,6 +67,28 @@ def test_every_step_is_in_the_record_and_one_failure_is_the_verdict(tmp_path, mo
     assert "broken" in [*record][1]["output"]
     assert gpu_record.main(["--out", str(tmp_path), "--only", "last"]) == gpu_record.OK
     assert len(json.loads((tmp_path / "record.json").read_text())["steps"]) == 3
+
+
+def test_all_ends_within_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_record, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(gpu_record, "SHORTEST", 1.0)
+    made = [
+        python("quick", "print('fine')"), python("long", "import time; time.sleep(60)", 60.0, resumes=True),
+        python("late", "print('fine')"),
+    ]  # fmt: skip
+    monkeypatch.setattr(gpu_record, "steps", lambda out, scale="paper": made)
+    monkeypatch.setattr(cuda, "has_device", lambda: True)
+    start = time.monotonic()
+    assert gpu_record.main(["--out", str(tmp_path), "--within", "4"]) == gpu_record.OK
+    assert time.monotonic() - start < 15
+    record = json.loads((tmp_path / "record.json").read_text())["steps"].values()
+    assert [one["outcome"] for one in record] == ["passed", "to be continued", "not begun"]
+
+
+def test_the_tables_are_of_the_scale_that_is_asked_for(tmp_path):
+    for scale in ("paper", "cpu"):
+        tables = [step.command for step in gpu_record.steps(tmp_path, scale) if step.name == "tables"]
+        assert [command[command.index("--scale") + 1] for command in tables] == [scale] * 4
 
 
 def test_endurance(tmp_path):
