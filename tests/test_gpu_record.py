@@ -74,13 +74,13 @@ def test_all_ends_within_the_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_record, "SHORTEST", 1.0)
     made = [
         python("quick", "print('fine')"), python("long", "import time; time.sleep(60)", 60.0, resumes=True),
-        python("late", "print('fine')"),
+        python("late", "print('late')"),
     ]  # fmt: skip
     monkeypatch.setattr(gpu_record, "steps", lambda out, scale="paper": made)
     monkeypatch.setattr(cuda, "has_device", lambda: True)
     start = time.monotonic()
-    assert gpu_record.main(["--out", str(tmp_path), "--within", "4"]) == gpu_record.OK
-    assert time.monotonic() - start < 15
+    assert gpu_record.main(["--out", str(tmp_path), "--within", "8"]) == gpu_record.OK
+    assert time.monotonic() - start < 30
     record = json.loads((tmp_path / "record.json").read_text())["steps"].values()
     assert [one["outcome"] for one in record] == ["passed", "to be continued", "not begun"]
 
