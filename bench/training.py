@@ -21,8 +21,9 @@ from training.device import place
 from training.evaluate import evaluate
 from training.fit import fit
 from training.pairs import Order, Pairs, TablePairs, attack_all
+from training.precision import Amp
 from training.recipe import Recipe, preset
-from training.step import WARM_UP, Amp, Average, CudaGraphs, Recorder, Step, make_optimizer
+from training.step import WARM_UP, Average, CudaGraphs, Recorder, Step, make_optimizer
 
 Form = Literal["torch", "compiled", "triton"]
 FORMS: tuple[Form, ...] = ("torch", "compiled", "triton")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -204,7 +205,10 @@ def test_openvino_computes_what_the_graph_says(engine, quantized, count):
     reference = exact(quantized, levels)
     rounding = rms(simulate(quantized, levels, True) - reference)
     purified, scores = engine.run(images)
-    assert 0.5 < rms(purified - reference) / rounding < 1.5
+    # Without VNNI, pairs of products go through 16 bits, where they may saturate or weights get a bit less ("Nuances
+    # of int8 computations" in oneDNN's developer guide). 1.60 was seen at worst.
+    most = 1.5 if "vnni" in Path("/proc/cpuinfo").read_text() else 2
+    assert 0.5 < rms(purified - reference) / rounding < most
     np.testing.assert_allclose(scores, np.abs(images - purified).mean((1, 2, 3)), rtol=0, atol=1e-5)
     as_bytes, byte_scores = engine.run(np.ascontiguousarray(levels.transpose(0, 2, 3, 1)))
     np.testing.assert_allclose(as_bytes.transpose(0, 3, 1, 2), 255 * purified, rtol=0, atol=0.51)

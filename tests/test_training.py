@@ -40,6 +40,7 @@ from training.data import Dataset, Split, to_float
 from training.evaluate import evaluate, summary
 from training.fit import CHECKPOINT_FILE, LOG_FILE, STATE_FILE, fit
 from training.pairs import FlyPairs, Order, TablePairs, attack_all
+from training.precision import default_amp
 from training.recipe import PRESETS, Recipe, preset
 from training.state import check_state
 from training.train_classifier import accuracy, fit_classifier, load_classifier, save_classifier
@@ -380,7 +381,9 @@ def test_a_run_is_not_overwritten_and_another_recipe_is_not_resumed(
     other = replace(dataset, train=dataset.train.take(torch.arange(300).flip(0)))
     with pytest.raises(ValueError, match="differs in data_digest"):
         fit(other, {"D": classifier_d}, recipe, tmp_path, resume=True)
-    described = {**recipe.to_dict(), "dataset": dataset.name, "data_digest": dataset.digest}
+    described = {
+        **recipe.to_dict(), "dataset": dataset.name, "data_digest": dataset.digest, "amp": default_amp("cpu"),
+    }  # fmt: skip
     save_file(
         {"random.cpu": torch.get_rng_state()}, tmp_path / STATE_FILE, {"run": json.dumps({"step": 1, **described})}
     )

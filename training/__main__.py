@@ -24,7 +24,7 @@ from training.attacks import PAPER_TEST_ATTACKS, Attack
 from training.data import load_dataset
 from training.device import find_device, place
 from training.options import COUNT, RUNS, data_option, device_option, own_option
-from training.step import Amp
+from training.precision import Amp
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -61,7 +61,9 @@ def cli(context: click.Context) -> None:
 @click.option("--resume", is_flag=True, help="Go on from the folder's last state.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run's folder.")
 @click.option(
-    "--amp", type=click.Choice(["bf16", "fp16"]), default="bf16", help="Precision of the networks; weights are float32."
+    "--amp",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="Precision of the networks; weights are float32. [default: bf16, on a CPU without AVX-512 fp32]",
 )
 @click.option(
     "--kernels",
@@ -76,7 +78,7 @@ def cli(context: click.Context) -> None:
 def fit(
     dataset: str, preset: str, data: Path | None, own: str | None, names: str | None, classifier_epochs: int,
     steps: int | None, kl_weight: float | None, latent_dim: int | None, seed: int | None, out: Path | None,
-    init: str | None, resume: bool, tensorboard: bool, amp: Amp, kernels: Kernels, cuda_graph: bool, device: str,
+    init: str | None, resume: bool, tensorboard: bool, amp: Amp | None, kernels: Kernels, cuda_graph: bool, device: str,
 ) -> None:  # fmt: skip
     """Train a purifier for DATASET: fashion_mnist, mnist, or a folder of images, one sub-folder a class.
 

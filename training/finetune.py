@@ -23,6 +23,7 @@ from training.device import place
 from training.fit import CHECKPOINT_FILE, VALIDATION_SUBSET
 from training.loop import Run
 from training.pairs import PairSource, attack_all
+from training.precision import autocast
 from training.retrain import CLASSIFIER_FILE, classifier_identity
 from training.train_classifier import save_classifier, weights_digest
 
@@ -130,7 +131,7 @@ def finetune(
     def step(number: int) -> Tensor:
         batch = source.batch(number)
         clean = to_float(train.images[batch.clean_index])
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             output = vae(batch.inputs)
             logits = student(torch.sigmoid(output.logits.float()))
         labels = train.labels[batch.clean_index]

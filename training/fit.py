@@ -28,10 +28,11 @@ from training.data import Dataset, Split, to_float
 from training.device import place
 from training.distributed import AGREE_EVERY, ALONE, Ranks
 from training.pairs import PairSource, attack_all, pair_source
+from training.precision import Amp, default_amp
 from training.progress import bar
 from training.recipe import Recipe
 from training.state import check_state, load_state, save_state
-from training.step import Amp, Average, CudaGraphs, Step, make_optimizer
+from training.step import Average, CudaGraphs, Step, make_optimizer
 
 STATE_FILE = "state.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -65,7 +66,7 @@ def fit(
     init: Checkpoint | None = None,
     resume: bool = False,
     tensorboard: bool = False,
-    amp: Amp = "bf16",
+    amp: Amp | None = None,
     kernels: Kernels = "auto",
     cuda_graph: bool = True,
     ranks: Ranks = ALONE,
@@ -88,7 +89,8 @@ def fit(
         init: start from this purifier's weights instead of random ones; the header keeps its recipe.
         resume: go on from ``out``'s state.
         tensorboard: write TensorBoard events into ``out`` too.
-        amp: precision of the networks in a step; weights are float32 and ``fp16`` scales its loss.
+        amp: precision of the networks in a step, by default the device's own; weights are float32 and ``fp16`` scales
+            its loss.
         kernels: ``triton`` or ``torch``, or ``auto`` for fused kernels on CUDA where Triton works.
         cuda_graph: on CUDA, launch a whole step at once, as a CUDA graph.
         ranks: who trains together; all call with the same arguments, and ``out`` is a folder that all of them see.
@@ -101,6 +103,7 @@ def fit(
             ranks cannot share a batch evenly.
     """
     device = torch.device(device)
+    amp = amp or default_amp(device)
     state_path = out / STATE_FILE
     about = {
         **recipe.to_dict(),

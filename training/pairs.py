@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, PGD, Attack, CarliniWagnerL2, DeepFool, predict
 from training.data import Split, to_float, to_uint8
 from training.distributed import ALONE, Ranks
+from training.precision import autocast
 from training.progress import bar
 from training.recipe import Recipe
 
@@ -216,7 +217,7 @@ class FlyPairs:
             rate = slowest + (fastest - slowest) * float(torch.rand(()))
             iterated = CarliniWagnerL2(rate, iterations=CW_ITERATIONS, abort_early=False)
         attacked = []
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             labels = torch.where(guessed, predict(classifier, clean), labels)
             if single:
                 start = (clean[:single] + ALPHA * signs).clamp(0, 1)

@@ -17,6 +17,7 @@ from training.data import Dataset, to_float, to_uint8
 from training.device import place
 from training.loop import Run
 from training.pairs import PairSource
+from training.precision import autocast
 from training.train_classifier import save_classifier, weights_digest
 
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -95,9 +96,9 @@ def retrain(
 
     def step(number: int) -> Tensor:
         batch = source.batch(number)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), autocast(device):
             purified = purifier.purify(batch.inputs)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             # Rounded to 8 bits as the purifier's users see them.
             logits = student(to_float(to_uint8(purified.float())))
         loss = F.cross_entropy(logits.float(), train.labels[batch.clean_index])

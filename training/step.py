@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from defense_vae_fast.nn.model import VAEOutput
 from training.data import to_float
 from training.distributed import ALONE, Ranks
 from training.pairs import Pairs
+from training.precision import Amp, autocast
 from training.recipe import Recipe
 
-Amp = Literal["bf16", "fp16"]
-DTYPES: dict[Amp, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps made one operation at a time before the step is captured: what libraries set up at first use is then there.
 WARM_UP = 3
 
@@ -142,7 +141,7 @@ class Step:
         images: uint8 (N, C, H, W), all clean images, on the device.
         judges: classifiers for the agreement loss.
         clean_logits: their logits on ``images``, in the same order.
-        amp: precision of the networks. With ``fp16`` the loss is scaled, by ``scaler``.
+        amp: precision of the networks, by default the device's own. With ``fp16`` the loss is scaled, by ``scaler``.
         recorder: how the step is repeated; None makes each one operation at a time.
         ranks: with whom every batch is shared. Gradients and the loss are means over them before Adam sees them, and a
             step that one rank leaves out for an infinite gradient is left out by all.
@@ -158,13 +157,13 @@ class Step:
         judges: Sequence[nn.Module] = (),
         clean_logits: Sequence[Tensor] = (),
         *,
-        amp: Amp = "bf16",
+        amp: Amp | None = None,
         recorder: Recorder | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self._model, self._average, self._optimizer, self._recipe = model, average, optimizer, recipe
         self._images, self._judges, self._clean_logits = images, judges, clean_logits
-        self._dtype = DTYPES[amp]
+        self._amp = amp
         self.scaler = torch.amp.GradScaler(images.device.type, enabled=amp == "fp16")
         self._recorder, self._ranks = recorder, ranks
         self._loss = torch.zeros((), device=images.device)
@@ -211,8 +210,7 @@ class Step:
 
     def _body(self, pairs: Pairs, judges: _Judges) -> None:
         clean = to_float(self._images[pairs.clean_index])
-        device = clean.device.type
-        with torch.autocast(device, self._dtype):
+        with autocast(clean.device, self._amp):
             output = self._model(pairs.inputs)
         loss = defense_vae_loss(output, clean, self._recipe.kl_weight)
         judge, own = judges
@@ -235,7 +233,7 @@ class Step:
 
     def _agreement(self, judge: int, pixel_logits: Tensor, clean_index: Tensor) -> Tensor:
         """What a judge says of purified images against what it says of the clean ones."""
-        with torch.autocast(pixel_logits.device.type, self._dtype):
+        with autocast(pixel_logits.device, self._amp):
             logits = self._judges[judge](torch.sigmoid(pixel_logits.float()))
         return agreement_loss(logits, self._clean_logits[judge][clean_index])
 

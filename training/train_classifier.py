@@ -18,6 +18,7 @@ from defense_vae_fast.atomic import replacing
 from training import classifiers
 from training.data import Dataset, Split, to_float
 from training.device import place
+from training.precision import autocast
 from training.progress import bar
 
 
@@ -58,7 +59,7 @@ def fit_classifier(
         for _ in range(epochs):
             order = torch.randperm(len(train), device=device)
             for index in torch.split(order[: steps * batch_size], batch_size):
-                with torch.autocast(torch.device(device).type, torch.bfloat16):
+                with autocast(device):
                     logits = model(to_float(train.images[index]))
                 loss = F.cross_entropy(logits.float(), train.labels[index])
                 optimizer.zero_grad()

@@ -22,6 +22,7 @@ from training.data import Dataset, to_float
 from training.device import place
 from training.loop import Run
 from training.pairs import Order
+from training.precision import autocast
 from training.retrain import CLASSIFIER_FILE, classifier_identity
 from training.train_classifier import accuracy, save_classifier
 
@@ -115,7 +116,7 @@ def train_adversarially(
     def step(number: int) -> Tensor:
         index = order.take(number * batch_size, batch_size).to(device)
         images, labels = to_float(train.images[index]), train.labels[index]
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             # Without dropout, and with BatchNorm's running statistics: the network that will be attacked.
             network.eval()
             attacked = attack(network, images, predict(network, images))
