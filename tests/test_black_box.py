@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training import black_box
 from training.attacks import FGSM, predict
 from training.black_box import SubstituteSettings, jacobian_augmentation, split_off, train_substitute
 from training.data import Split, to_float, to_uint8
@@ -40,7 +41,8 @@ def test_jacobian_augmentation_moves_towards_the_label_of_a_linear_network() -> 
     labels = torch.tensor([0, 1, 2])
     moved = jacobian_augmentation(network, images, labels, -0.2)
     weight = network.get_parameter("1.weight").detach()
-    torch.testing.assert_close(moved.flatten(1), 0.5 - 0.2 * weight.sign())
+    shares = network(images).softmax(1).detach()
+    torch.testing.assert_close(moved.flatten(1), 0.5 - 0.2 * (weight - shares @ weight).sign())
     edge = jacobian_augmentation(network, torch.zeros(1, 1, 2, 2), labels[:1], -0.2)
     assert float(edge.min()) >= 0
 
@@ -59,6 +61,31 @@ def test_images_double_between_rounds_and_only_classes_are_asked_for(split: Spli
     second = train_substitute("E", oracle, split.images[:20], 10, settings, quiet=True)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in first.parameters())
+
+
+@pytest.mark.parametrize(("period", "signs"), [(3, [1, 1, 1, -1, -1]), (2, [1, 1, -1, -1, 1]), (0, [1] * 5)])
+def test_the_step_turns_every_period_or_never(
+    split: Split, monkeypatch: pytest.MonkeyPatch, period: int, signs: list[int]
+) -> None:
+    steps: list[float] = []
+
+    def note(_: nn.Module, images: Tensor, __: Tensor, step: float) -> Tensor:
+        steps.append(step)
+        return images
+
+    monkeypatch.setattr(black_box, "jacobian_augmentation", note)
+    settings = SubstituteSettings(images=5, epochs=1, period=period)
+    train_substitute("E", lambda x: torch.zeros(len(x), dtype=torch.int64), split.images[:5], 10, settings, quiet=True)
+    assert steps == [0.1 * sign for sign in signs]
+
+
+@pytest.mark.parametrize(("kept", "rates"), [(False, [0.2, 0.5]), (True, [0.8, 0.5])])
+def test_dropout_rates_can_be_read_as_the_share_that_is_kept(split: Split, kept: bool, rates: list[float]) -> None:
+    settings = SubstituteSettings(images=5, rounds=1, epochs=1, kept=kept)
+    substitute = train_substitute(
+        "B", lambda x: torch.zeros(len(x), dtype=torch.int64), split.images[:5], 10, settings, quiet=True
+    )
+    assert [part.p for part in substitute.modules() if isinstance(part, nn.Dropout)] == rates
 
 
 def test_the_substitute_answers_as_the_classifier_does(
@@ -89,7 +116,9 @@ def test_its_attacks_carry_over_as_foolboxes_on_it_do(
     assert accuracy(attacked) < 40 < accuracy(pixels)
 
 
-@pytest.mark.parametrize("change", [{"rounds": 0}, {"step": 0.0}, {"step": 2.0}, {"learning_rate": float("nan")}])
+@pytest.mark.parametrize(
+    "change", [{"rounds": 0}, {"period": -1}, {"step": 0.0}, {"step": 2.0}, {"learning_rate": float("nan")}]
+)
 def test_bad_settings(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="substitute"):
         SubstituteSettings(**change)  # type: ignore[arg-type]

@@ -6,12 +6,13 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.test_data import write_idx
 from training.__main__ import cli
@@ -19,7 +20,7 @@ from training.attacks import CarliniWagnerL2, DeepFool
 from training.baselines.adversarial_training import AdversarialSettings
 from training.baselines.magnet import MagNetSettings
 from training.baselines.wgan import GanSettings
-from training.black_box import SubstituteSettings
+from training.black_box import DEFENSE_GAN, SubstituteSettings, train_substitute
 from training.experiments.cells import FROM_SCRATCH, TABLES, Cell, cells, select
 from training.experiments.figures import read_curve
 from training.experiments.lab import training_attacks
@@ -35,7 +36,7 @@ TINY = replace(
     purifier=replace(SCALES["quick"].purifier, images=8, cw_images=4, epochs=1, attacked=16),
     rec=RetrainSettings(steps=2), e2e=FinetuneSettings(steps=2), gan=GanSettings(steps=1, batch_size=4),
     search=(2, 2), magnet=MagNetSettings(epochs=1), adversarial=AdversarialSettings(epochs=1),
-    substitute=SubstituteSettings(images=20, rounds=2, epochs=1),
+    substitute=replace(DEFENSE_GAN, images=20, rounds=2, epochs=1),
 )  # fmt: skip
 
 
@@ -186,12 +187,30 @@ def test_other_tables(table: str, extra: list[str], world: Path, monkeypatch: py
     if table == "4":  # Fashion-MNIST is wherever it is; its place is taken here
         (world / "fashion_mnist").exists() or (world / "fashion_mnist").symlink_to(world / "mnist")
         monkeypatch.setattr("training.data._check_fashion_mnist", lambda folder: None)
+    trained: list[tuple[str, SubstituteSettings]] = []
+
+    def note(name: str, *rest: Any, **options: Any) -> nn.Module:
+        trained.append((name, rest[-1]))
+        return train_substitute(name, *rest, **options)
+
+    monkeypatch.setattr("training.experiments.lab.train_substitute", note)
     result = run("table", table, *chosen, *extra)
     records = [json.loads(path.read_text()) for path in (world / f"docs/results/tables/quick/table{table}").glob("*")]
     assert records
     assert all(record["value"] > 0 for record in records), result.output
     if table == "3":
         assert {record["substitute"] for record in records} == {"B", "E"}
+        page = (world / "docs/RESULTS.md").read_text()
+        for record in records:
+            stronger = (
+                f"| fgsm, stronger substitute | D/{record['substitute']} |  | **{record['stronger_substitute']:.2f}**"
+            )
+            assert stronger in page
+        usual = TINY.substitute
+        assert trained == [
+            (name, replace(usual, period=period, kept=kept))
+            for name in ("B", "E") for period, kept in ((usual.period, usual.kept), (3, False))
+        ]  # fmt: skip
     else:
         assert records[0]["unit"] == "seconds for 1,000 images"
         assert "(441.81)" in (world / "docs/RESULTS.md").read_text()

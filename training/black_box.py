@@ -25,7 +25,7 @@ SUBSTITUTES = ("B", "E")
 
 @dataclass(frozen=True)
 class SubstituteSettings:
-    """How a substitute is trained; defaults are those of Defense-GAN's experiments.
+    """How a substitute is trained; defaults are Papernot's et al., with the sizes of Defense-GAN's experiments.
 
     Args:
         images: the attacker's own images: the first so many of the test set, which are not measured on afterwards.
@@ -34,7 +34,9 @@ class SubstituteSettings:
         batch_size: images a step.
         learning_rate: Adam's.
         step: lambda, the length of a Jacobian step in pixel units of [0, 1].
-        period: tau: the step changes its sign every so many rounds, so that images do not run away.
+        period: tau: the step changes its sign every so many rounds, so that images do not run away; 0: never.
+        kept: take the substitute's dropout rates for the share that is kept, as Defense-GAN's code hands the figures of
+            Table 5 to a function that expects that: B then learns from a fifth of each image, and is a weaker attacker.
         seed: seeds weights, order and dropout.
     """
 
@@ -45,17 +47,25 @@ class SubstituteSettings:
     learning_rate: float = 1e-3
     step: float = 0.1
     period: int = 3
+    kept: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "rounds", "epochs", "batch_size", "period"):
+        for name in ("images", "rounds", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"substitute {name}: expected at least 1, got {getattr(self, name)}")
+        if self.period < 0:
+            raise ValueError(f"substitute period: expected at least 0, got {self.period}")
         if not 0 < self.learning_rate < float("inf") or not 0 < self.step <= 1:
             raise ValueError(
                 "substitute: expected learning_rate above 0 and step above 0 and at most 1, "
                 f"got {self.learning_rate} and {self.step}"
             )
+
+
+# As in the code of Defense-GAN's experiments, which the paper follows. On validation images of Fashion-MNIST, through
+# B, this leaves the bare classifier A 38.7 %, the defaults 17.6 %; the paper's table has 37.92 %.
+DEFENSE_GAN = SubstituteSettings(period=0, kept=True)
 
 
 def split_off(test: Split, settings: SubstituteSettings) -> tuple[Split, Split]:
@@ -95,11 +105,14 @@ def train_substitute(
     torch.manual_seed(settings.seed)
     _, channels, size, _ = images.shape
     substitute = place(build(name, channels, size, classes), images.device).train()
-    optimizer = torch.optim.Adam(substitute.parameters(), settings.learning_rate)
+    if settings.kept:
+        for dropout in (part for part in substitute.modules() if isinstance(part, nn.Dropout)):
+            dropout.p = 1 - dropout.p
     known = to_float(images)
     labels = oracle(known)
     with bar(f"substitute {name}", settings.rounds * settings.epochs, quiet=quiet) as progress:
         for round_ in range(settings.rounds):
+            optimizer = torch.optim.Adam(substitute.parameters(), settings.learning_rate)
             for _ in range(settings.epochs):
                 for index in torch.split(torch.randperm(len(known), device=known.device), settings.batch_size):
                     loss = F.cross_entropy(substitute(known[index]), labels[index])
@@ -108,7 +121,7 @@ def train_substitute(
                     optimizer.step()
                 progress.update(1, images=len(known))
             if round_ < settings.rounds - 1:
-                sign = 1 if (round_ // settings.period) % 2 == 0 else -1
+                sign = -1 if settings.period and (round_ // settings.period) % 2 else 1
                 substitute.eval()
                 fresh = jacobian_augmentation(substitute, known, labels, sign * settings.step)
                 substitute.train()
@@ -128,6 +141,7 @@ def jacobian_augmentation(substitute: nn.Module, images: Tensor, labels: Tensor,
     moved = []
     for part, wanted in zip(torch.split(images, 500), torch.split(labels, 500), strict=True):
         leaf = part.detach().requires_grad_()
-        own = substitute(leaf).gather(1, wanted.unsqueeze(1)).sum()
+        # The logarithm's gradient has the probability's sign, and does not vanish where the network is sure.
+        own = -F.cross_entropy(substitute(leaf), wanted, reduction="sum")
         moved.append((part + step * torch.autograd.grad(own, leaf)[0].sign()).clamp(0, 1))
     return torch.cat(moved)

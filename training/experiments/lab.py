@@ -32,7 +32,7 @@ from training.baselines.adversarial_training import train_adversarially
 from training.baselines.defense_gan import Generator
 from training.baselines.magnet import MAGNET_FILE, load_magnet, magnet, train_magnet
 from training.baselines.wgan import GENERATOR_FILE, defense_gan, load_generator, train_generator
-from training.black_box import split_off, train_substitute
+from training.black_box import SubstituteSettings, split_off, train_substitute
 from training.data import Dataset, Split, load_dataset
 from training.defences import Defence, bare, defense_vae
 from training.device import place
@@ -266,20 +266,31 @@ class Lab:
         return Made(bare(robust, "adv_training"), seconds, {"attacked": weights_digest(robust)}, asdict(settings))
 
     def images(
-        self, dataset: str, defence: Defence, attack: str, substitute: str, count: int, *, predicted: bool = False
+        self,
+        dataset: str,
+        defence: Defence,
+        attack: str,
+        substitute: str,
+        count: int,
+        *,
+        predicted: bool = False,
+        stronger: bool = False,
     ) -> Split:
         """The first ``count`` test images with their true labels, attacked on the defence's ``attacked`` classifier.
 
         The attack runs away from the true labels, as the paper's, or from what the classifier predicts; through a
-        substitute always from what that predicts.
+        substitute always from what that predicts. ``stronger`` takes a substitute whose steps turn and whose dropout is
+        as Table 5 prints it, instead of Defense-GAN's.
         """
         test = self.dataset(dataset).test.to(self.device)
         if substitute:
             settings = replace(self.scale.substitute, seed=self.seed)
+            if stronger:
+                settings = replace(settings, period=SubstituteSettings.period, kept=SubstituteSettings.kept)
             own, rest = split_off(test, settings)
             split = rest.first(count)
             trained = self._once(
-                "substitute", dataset, substitute, weights_digest(defence.attacked),
+                "substitute", dataset, substitute, settings, weights_digest(defence.attacked),
                 make=lambda: train_substitute(
                     substitute, partial(predict, defence.attacked), own.images, self.dataset(dataset).classes, settings
                 ),

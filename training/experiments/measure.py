@@ -22,6 +22,7 @@ from training.experiments.lab import Lab
 from training.paper import paper_value
 
 AWAY_FROM_PREDICTION = "away_from_prediction"
+STRONGER_SUBSTITUTE = "stronger_substitute"
 TIMED_IMAGES = 1000  # of the fast methods: the paper's number
 
 
@@ -33,7 +34,7 @@ def run_cell(lab: Lab, cell: Cell) -> dict[str, Any]:
         measurement, attack included where it was not made before, ``training_seconds`` of everything trained for it,
         ``digests`` of the weights, ``settings``, ``machine``, ``scale``, ``seed``, and the ``command`` that does it
         again; for FGSM on the classifier itself ``away_from_prediction`` too: the accuracy where the attack runs away
-        from the prediction.
+        from the prediction; through a substitute ``stronger_substitute``, the accuracy where that was trained harder.
 
     Raises:
         NotAvailable: the data are missing, or there is no such defence for this data set.
@@ -73,14 +74,18 @@ def _accuracy(lab: Lab, cell: Cell) -> dict[str, Any]:
     split = lab.images(cell.dataset, made.defence, attack, substitute, count)
     title = f"{cell.column} {' '.join(filter(None, cell.row))}"
     score = measure(made.defence, split.images, split.labels, title=title)
-    leaking: dict[str, float] = {}
+    beside: dict[str, float] = {}
     if attack == "fgsm" and not substitute and cell.column in TRAINED_ON_ATTACKS:
         # One step away from the true label carries that label in its sign pattern, which a defence can learn to read.
         other = lab.images(cell.dataset, made.defence, attack, "", count, predicted=True)
         found = measure(made.defence, other.images, other.labels, title=f"{title}, away from the prediction")
-        leaking = {AWAY_FROM_PREDICTION: found.accuracy}
+        beside = {AWAY_FROM_PREDICTION: found.accuracy}
+    if substitute:
+        other = lab.images(cell.dataset, made.defence, attack, substitute, count, stronger=True)
+        found = measure(made.defence, other.images, other.labels, title=f"{title}, stronger")
+        beside = {STRONGER_SUBSTITUTE: found.accuracy}
     return {
-        **leaking,
+        **beside,
         "value": score.accuracy, "unit": "percent", "rejected": score.rejected, "right_or_rejected": score.handled,
         "images": len(split), "paper": paper_cell(cell), "wall_seconds": round(time.monotonic() - start, 2),
         "training_seconds": made.training_seconds, "digests": made.digests, "settings": made.settings,
