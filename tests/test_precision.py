@@ -9,10 +9,10 @@ from training.precision import Amp, autocast, default_amp
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_a_cpu_has_bf16_only_where_onednn_takes_it(
+def test_a_cpu_has_bf16_only_where_it_is_native(
     supported: bool, expected: Amp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr("training.precision.cpu_has_bf16", lambda: supported)
     assert default_amp("cpu") == expected
     assert default_amp("cuda") == "bf16"
     with autocast("cpu"):

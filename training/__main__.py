@@ -63,7 +63,7 @@ def cli(context: click.Context) -> None:
 @click.option(
     "--amp",
     type=click.Choice(["bf16", "fp16", "fp32"]),
-    help="Precision of the networks; weights are float32. [default: bf16, on a CPU without AVX-512 fp32]",
+    help="Precision of the networks; weights are float32. [default: bf16; fp32 on a CPU without it]",
 )
 @click.option(
     "--kernels",

@@ -121,7 +121,7 @@ class TorchEngine(Engine):
             streams = 1 if device == "cpu" else _STREAMS
         check_count("streams", streams, limit=1 if device == "cpu" else _MAX_STREAMS)
         if precision == "auto":
-            precision = "fp16" if device == "cuda" else "bf16" if _cpu_has_bf16() else "fp32"
+            precision = "fp16" if device == "cuda" else "bf16" if cpu_has_bf16() else "fp32"
         elif precision == "fp16" and device == "cpu":
             raise ValueError(
                 "precision: expected 'auto', 'fp32' or 'bf16' on the CPU, got 'fp16'; it would be emulated"
@@ -458,7 +458,7 @@ def _purify(network: FoldedNetwork, images: torch.Tensor) -> tuple[torch.Tensor,
     return purified.contiguous(), scores
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether torch's CPU kernels multiply bf16 natively (AVX512-BF16 or AMX)."""
     import torch
 
