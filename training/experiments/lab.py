@@ -274,18 +274,18 @@ class Lab:
         count: int,
         *,
         predicted: bool = False,
-        stronger: bool = False,
+        as_printed: bool = False,
     ) -> Split:
         """The first ``count`` test images with their true labels, attacked on the defence's ``attacked`` classifier.
 
         The attack runs away from the true labels, as the paper's, or from what the classifier predicts; through a
-        substitute always from what that predicts. ``stronger`` takes a substitute whose steps turn and whose dropout is
-        as Table 5 prints it, instead of Defense-GAN's.
+        substitute always from what that predicts. ``as_printed`` takes a substitute whose steps turn and whose
+        dropout is as Table 5 prints it, instead of Defense-GAN's.
         """
         test = self.dataset(dataset).test.to(self.device)
         if substitute:
             settings = replace(self.scale.substitute, seed=self.seed)
-            if stronger:
+            if as_printed:
                 settings = replace(settings, period=SubstituteSettings.period, kept=SubstituteSettings.kept)
             own, rest = split_off(test, settings)
             split = rest.first(count)

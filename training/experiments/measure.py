@@ -22,7 +22,7 @@ from training.experiments.lab import Lab
 from training.paper import paper_value
 
 AWAY_FROM_PREDICTION = "away_from_prediction"
-STRONGER_SUBSTITUTE = "stronger_substitute"
+SUBSTITUTE_AS_PRINTED = "substitute_as_printed"
 TIMED_IMAGES = 1000  # of the fast methods: the paper's number
 
 
@@ -34,7 +34,7 @@ def run_cell(lab: Lab, cell: Cell) -> dict[str, Any]:
         measurement, attack included where it was not made before, ``training_seconds`` of everything trained for it,
         ``digests`` of the weights, ``settings``, ``machine``, ``scale``, ``seed``, and the ``command`` that does it
         again; for FGSM on the classifier itself ``away_from_prediction`` too: the accuracy where the attack runs away
-        from the prediction; through a substitute ``stronger_substitute``, the accuracy where that was trained harder.
+        from the prediction; through a substitute ``substitute_as_printed``, the accuracy where that was trained so.
 
     Raises:
         NotAvailable: the data are missing, or there is no such defence for this data set.
@@ -81,9 +81,9 @@ def _accuracy(lab: Lab, cell: Cell) -> dict[str, Any]:
         found = measure(made.defence, other.images, other.labels, title=f"{title}, away from the prediction")
         beside = {AWAY_FROM_PREDICTION: found.accuracy}
     if substitute:
-        other = lab.images(cell.dataset, made.defence, attack, substitute, count, stronger=True)
-        found = measure(made.defence, other.images, other.labels, title=f"{title}, stronger")
-        beside = {STRONGER_SUBSTITUTE: found.accuracy}
+        other = lab.images(cell.dataset, made.defence, attack, substitute, count, as_printed=True)
+        found = measure(made.defence, other.images, other.labels, title=f"{title}, substitute as printed")
+        beside = {SUBSTITUTE_AS_PRINTED: found.accuracy}
     return {
         **beside,
         "value": score.accuracy, "unit": "percent", "rejected": score.rejected, "right_or_rejected": score.handled,

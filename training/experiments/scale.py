@@ -33,7 +33,7 @@ class Scale:
         search: Defense-GAN's L and R.
         magnet: how MagNet's autoencoders are trained.
         adversarial: how classifiers are trained adversarially.
-        substitute: how the black-box attack's substitute is trained; the stronger one beside it differs in ``period``
+        substitute: how the black-box attack's substitute is trained; the one that is as printed differs in ``period``
             and ``kept`` alone.
         timed_images: images of Table 4's searches; their time is scaled to 1,000.
         other: what is other than in ``purifier``, by data set and classifier.
