@@ -667,10 +667,10 @@ def test_demo_of_the_installed_package_needs_no_torch_and_ten_seconds(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ended = os.times()
-    # Half the CPU time, which other programs hardly lengthen, is what two cores need at least; start-up has one core,
-    # so that an idle machine takes some more: 7.1 s for 6.2 s on the slowest CPU seen, one with AVX2 alone.
-    cpu_seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
-    assert cpu_seconds / 2 < 8
+    # Of CPU time, which other programs on the machine do not lengthen; on an idle one the wall time is shorter: with
+    # AVX2 alone 7.1 s for 12.3 s on two cores, so that such a CPU is given more of it.
+    most = 10 if "avx512f" in Path("/proc/cpuinfo").read_text() else 16
+    assert ended.children_user + ended.children_system - began.children_user - began.children_system < most
     assert (tmp_path / "purified.png").is_file()
     samples = demo.load_samples()
     assert len(samples.labels) >= 500
