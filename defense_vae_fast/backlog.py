@@ -73,22 +73,29 @@ class Backlog(Generic[ItemT]):
         max_delay: seconds that an item may wait for company.
         when_full: who gives way when there is no room. "block": nobody, the caller waits; "reject": the new item;
             "drop_oldest": the oldest; "latest": all but the newest of the fullest source at once.
+        step: where so many wait, a batch is a multiple of it, and the rest, which is next in turn, waits for another.
     """
 
-    def __init__(self, capacity: int, max_batch: int, max_delay: float, when_full: WhenFull) -> None:
+    def __init__(self, capacity: int, max_batch: int, max_delay: float, when_full: WhenFull, step: int = 1) -> None:
         self.max_batch = max_batch
         self.images = 0
         self._capacity = capacity
         self._max_delay = max_delay
         self._when_full = when_full
+        self._step = step
         self._sources: dict[Hashable, Source[ItemT]] = {}
         self._turns: deque[Source[ItemT]] = deque()  # those with something waiting, the next one first
         self.due = math.inf
         """When the first item must go even in a batch that is not full."""
 
+    @property
+    def room(self) -> int:
+        """Images that fit beside those that wait; below 0 after one item that was larger than the room."""
+        return self._capacity - self.images
+
     def has_room(self, count: int) -> bool:
         """Whether ``count`` more images fit."""
-        return self.images + count <= self._capacity or self.images == 0
+        return count <= self.room or self.images == 0
 
     def add(self, item: ItemT, name: Hashable) -> list[ItemT]:
         """Take an item of a source in and return what was dropped for it, which may be the item itself.
@@ -125,11 +132,13 @@ class Backlog(Generic[ItemT]):
         expired: list[ItemT] = []
         passed: list[Source[ItemT]] = []  # they do not fit this batch and stay first in line
         images = 0
-        while self._turns and images < self.max_batch:
+        most = min(self.images, self.max_batch)
+        most = most // self._step * self._step or self.max_batch
+        while self._turns and images < most:
             source = self._turns.popleft()
             item = source.waiting[0]
             late = now - item.since >= item.deadline
-            if not late and batch and (item.kind != batch[0].kind or images + item.count > self.max_batch):
+            if not late and batch and (item.kind != batch[0].kind or images + item.count > most):
                 passed.append(source)
                 continue
             self._pop(source)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import asyncio
 
     _Copy = tuple[Images, int | None]  # and the place that it is in, if that is one of the stream's
+    _Entry = tuple[Batch, _Copy, float, float, Future[Any], Any]  # what a _Job is made of
     _Part = tuple[Images, Scores] | BaseException
 
 _log = logging.getLogger(__name__)
@@ -113,8 +114,9 @@ class Stream:
 
     Made by :meth:`Purifier.stream`. A context manager: leaving it finishes what waits. An item goes to the engine when
     a batch is full, when the oldest item has waited ``max_delay_ms`` (or half its deadline), or at once when the engine
-    has nothing to do. Sources take turns, so none starves another, and the results of one source come in the order in
-    which its frames were put, dropped ones included.
+    has nothing to do. Of what waits, a multiple of the engine's ``batch_step`` goes, where there are so many; the rest
+    is first in the next batch. Sources take turns, so none starves another, and the results of one source come in the
+    order in which its frames were put, dropped ones included.
 
     Callbacks, of the stream and of its tickets, run on the stream's own thread, one after the other: a slow one holds
     the stream up, and one that raises is logged. Whoever waits in :meth:`Ticket.result` for the only frame that there
@@ -159,7 +161,7 @@ class Stream:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a function of one Result, got {callback!r}")
         self._read = reader.read
-        backlog: Backlog[_Job] = Backlog(queue, max_batch, delay, when_full)
+        backlog: Backlog[_Job] = Backlog(queue, max_batch, delay, when_full, engine.batch_step)
         self._core = _Core(engine, backlog, queue, when_full, callback, iterate, 5 * delay)
         # The thread holds no reference to this object, so that a forgotten stream ends, after what waits.
         weakref.finalize(self, self._core.end).atexit = False
@@ -196,7 +198,7 @@ class Stream:
             core.count_invalid()
             raise
         ticket = Ticket(core)
-        core.enter(_Frame(read, core.copy(read.array), since, deadline, tag, ticket), source)
+        core.enter(_Frame, (read, core.copy(read.array), since, deadline, ticket, tag), source)
         return ticket
 
     def _submit(self, images: Any, return_score: bool) -> Future[Any]:
@@ -208,9 +210,10 @@ class Stream:
         except (TypeError, ValueError):
             self._core.count_invalid()
             raise
-        item = _Submission(read, self._core.copy(read.array), since, return_score)
-        self._core.enter(item, None)
-        return item.future
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # so that it cannot be cancelled
+        self._core.enter(_Submission, (read, self._core.copy(read.array), since, math.inf, future, return_score), None)
+        return future
 
     def stats(self) -> dict[str, Any]:
         """What has happened so far, as a dictionary that JSON can hold.
@@ -325,7 +328,7 @@ class _Frame(_Job):
     __slots__ = ("image", "score", "tag")
     future: Ticket
 
-    def __init__(self, read: Batch, copied: _Copy, since: float, deadline: float, tag: Any, ticket: Ticket) -> None:
+    def __init__(self, read: Batch, copied: _Copy, since: float, deadline: float, ticket: Ticket, tag: Any) -> None:
         super().__init__(read, copied, since, deadline, ticket)
         self.tag = tag
         self.image: Any = None
@@ -351,9 +354,10 @@ class _Submission(_Job):
 
     __slots__ = ("answer", "return_score", "single", "to_scores")
 
-    def __init__(self, read: Batch, copied: _Copy, since: float, return_score: bool) -> None:
-        super().__init__(read, copied, since, math.inf, Future())
-        self.future.set_running_or_notify_cancel()  # so that it cannot be cancelled
+    def __init__(
+        self, read: Batch, copied: _Copy, since: float, deadline: float, future: Future[Any], return_score: bool
+    ) -> None:
+        super().__init__(read, copied, since, deadline, future)
         self.return_score, self.single, self.to_scores = return_score, read.single, read.scores
         self.answer: Any = None
 
@@ -418,6 +422,11 @@ class _Core:
         self._blocked: deque[object] = deque()  # those who wait for room, in their order
         self._buffers: dict[ImageKind, _Buffers] = {}
         self._settled: list[_Job] = []  # dropped by others than the thread, which hands them out
+        # Whoever puts while the thread is away, computing, leaves the frame at the door. The engine has emptied the
+        # caches, and to queue a frame then costs several times what it costs the thread, which queues many in a row.
+        self._away = False
+        self._door: deque[tuple[Callable[..., _Job], _Entry, Hashable]] = deque()
+        self._door_room = 0  # images that may still be left there
         self._results: deque[Result] | None = deque() if iterate else None
         self._wakers: list[asyncio.Future[None]] = []
         self._in = self._out = self._computing = 0
@@ -465,28 +474,39 @@ class _Core:
                 self._buffers[kind] = _Buffers(self._engine, kind, self._queue + max_batch, max_batch)
             return self._buffers[kind]
 
-    def enter(self, item: _Job, source: Hashable) -> None:
+    def enter(self, make: Callable[..., _Job], entry: _Entry, source: Hashable) -> None:
         """Queue an item; what that drops is handed out by the thread."""
+        count = len(entry[1][0])
         with self._lock:
-            try:
-                if self._waits and (self._blocked or not self._backlog.has_room(item.count)):
-                    self._wait_for_room(item.count)
-                self._check_running()
-            except BaseException:
-                self._free(item)
-                raise
-            self._in += item.count
-            due = self._backlog.due
-            now = time.monotonic()
-            if dropped := self._backlog.add(item, source):
-                self._settled += self._drop(dropped, now)
-            if self._thread is None:
-                self._thread = threading.Thread(target=_work, args=(self,), name="defense_vae_fast-stream", daemon=True)
-                self._thread.start()
-            elif self._settled or self._backlog.due < due or self._backlog.ready(now, self._idle):
-                left = self._watching and self._backlog.images == item.count and not self._settled
-                if not left or item.deadline / 2 < self._patience:
-                    self._work.notify()
+            if count <= self._door_room:
+                self._door_room -= count
+                self._in += count
+                self._door.append((make, entry, source))
+            else:
+                self._queue_now(make(*entry), source)
+
+    def _queue_now(self, item: _Job, source: Hashable) -> None:
+        self._admit()
+        try:
+            if self._waits and (self._blocked or not self._backlog.has_room(item.count)):
+                self._wait_for_room(item.count)
+            self._check_running()
+        except BaseException:
+            self._free(item)
+            raise
+        self._in += item.count
+        due = self._backlog.due
+        now = time.monotonic()
+        if dropped := self._backlog.add(item, source):
+            self._settled += self._drop(dropped, now)
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work, args=(self,), name="defense_vae_fast-stream", daemon=True)
+            self._thread.start()
+        elif self._settled or self._backlog.due < due or self._backlog.ready(now, self._idle):
+            left = self._watching and self._backlog.images == item.count and not self._settled
+            if not left or item.deadline / 2 < self._patience:
+                self._work.notify()
+        self._open_door()
 
     def wake(self) -> None:
         """Have a frame that may have been left for its putter computed by the thread."""
@@ -515,6 +535,8 @@ class _Core:
         """Wait for something to do and do it; False at the end."""
         batch: list[_Job] = []
         with self._lock:
+            self._away = False
+            self._admit()
             if not self._wait_for_work():
                 self._ended = True
                 self._wake_readers()
@@ -524,6 +546,8 @@ class _Core:
             if self._may_compute() and self._backlog.ready(now, self._idle or self._closing):
                 batch, expired = self._take(now)
                 settled += expired
+                self._away = bool(batch)
+                self._open_door()
         self._hand_out(settled)
         if batch:
             self._hand_out(self._compute(batch))
@@ -675,6 +699,18 @@ class _Core:
 
     # With the lock held
 
+    def _admit(self) -> None:
+        """Queue what was left at the door, and close it."""
+        self._door_room = 0
+        while self._door:
+            make, entry, source = self._door.popleft()
+            self._backlog.add(make(*entry), source)
+
+    def _open_door(self) -> None:
+        """Let frames be left at the door, as many as there is room for, if the thread will come back to them."""
+        if self._away and not self._blocked and not self._closing and self._stopped is None:
+            self._door_room = self._backlog.room
+
     def _take(self, now: float) -> tuple[list[_Job], list[_Job]]:
         """The next batch, and those whose deadline has passed and that may be handed out now."""
         batch, expired = self._backlog.take(now)
@@ -703,6 +739,7 @@ class _Core:
             item.slot = None
 
     def _stop(self, reason: BaseException) -> None:
+        self._admit()
         self._stopped = reason
         dropped = self._backlog.clear("stopped")
         for item in dropped:
@@ -763,6 +800,8 @@ class _Core:
     def stats(self) -> dict[str, Any]:
         """See :meth:`Stream.stats`."""
         with self._lock:
+            self._admit()
+            self._open_door()
             return {
                 "frames_in": self._in,
                 "frames_out": self._out,
@@ -804,6 +843,7 @@ class _Core:
             raise RuntimeError("close() was called from a future's callback, which it would wait for; call it outside")
         with self._lock:
             if cancel:
+                self._admit()
                 self._settled += self._drop(self._backlog.clear("cancelled"), time.monotonic())
             self._end()
         if self._thread is not None and not on_thread:

@@ -60,6 +60,29 @@ def test_sources_take_turns(put: str, batches: list[str]) -> None:
         ]
 
 
+@pytest.mark.parametrize(
+    ("step", "waiting", "sizes"),
+    [
+        (4, 3, [3]),
+        (4, 4, [4]),
+        (4, 5, [4, 1]),
+        (4, 11, [8, 3]),
+        (4, 12, [8, 4]),
+        (4, 23, [8, 8, 4, 3]),
+        (16, 12, [10, 2]),
+        (1, 11, [10, 1]),
+    ],
+)
+def test_a_batch_is_a_multiple_of_the_step(step: int, waiting: int, sizes: list[int]) -> None:
+    queue = backlog(max_batch=10, step=step)
+    items, _ = fill(queue, ("ab" * 12)[:waiting])
+    taken = [queue.take(0.0)[0] for _ in sizes]
+    assert [len(batch) for batch in taken] == sizes
+    assert [one for batch in taken for one in batch] == items  # whoever is left is the next one
+    assert queue.images == 0
+
+
+
 def test_when_a_batch_is_due() -> None:
     queue = backlog()
     assert not queue.ready(0.0, idle=True)

@@ -309,6 +309,33 @@ def test_block_waits_for_room_in_turn(purifier: Purifier, gate: Gate, frames: Ar
     assert stream.stats()["frames_out"] == 9
 
 
+def test_no_frame_overtakes_those_who_wait_for_room(
+    purifier: Purifier, gate: Gate, frames: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that is taken makes room, which is theirs, although the engine is busy and a frame could be left."""
+    with purifier.stream(queue=2, max_batch=1) as stream:
+        core = stream._core
+        room: list[int] = []
+        call_in = core._call_in
+
+        def note() -> None:
+            if core._blocked:
+                room.append(core._door_room)
+            call_in()
+
+        busy(stream, gate, frames[0])
+        assert core._door_room == 2
+        for frame in frames[1:3]:
+            stream.put(frame)
+        waiting = threading.Thread(target=stream.put, args=(frames[3],))
+        waiting.start()
+        wait_until(lambda: len(core._blocked) == 1)
+        monkeypatch.setattr(core, "_call_in", note)
+        gate.open()
+        waiting.join(WAIT)
+    assert room == [0]
+
+
 def test_a_late_frame_costs_nothing(purifier: Purifier, gate: Gate, frames: Array, expected: Array) -> None:
     with purifier.stream() as stream:
         first = busy(stream, gate, frames[0])
@@ -586,6 +613,24 @@ def test_a_stopped_engine_wakes_everyone(
     assert adds_up(stream)
     stream.close()
     purify.close()
+
+
+def test_a_stopped_engine_drops_what_came_meanwhile(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, frames: Array
+) -> None:
+    with Purifier(checkpoint, engine="openvino") as purify:
+        gate = Gate(purify, monkeypatch)
+        stream = purify.stream()
+        busy(stream, gate, frames[0])
+        tickets = [stream.put(frame) for frame in frames[1:4]]
+        purify._engine.close()
+        gate.open()
+        for ticket in tickets:
+            with pytest.raises(RuntimeError, match="the openvino engine is closed"):
+                ticket.result(WAIT)
+        assert stream.stats()["dropped"] == {"failed": 1, "stopped": 3}
+        assert adds_up(stream)
+        stream.close()
 
 
 def test_closing_the_purifier_finishes_its_streams(checkpoint: Checkpoint, frames: Array) -> None:

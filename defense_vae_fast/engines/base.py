@@ -60,6 +60,8 @@ class Engine(ABC):
     """The arithmetic in use, never "auto"."""
     device: str
     """The device in use, never "auto"."""
+    batch_step: int = 1
+    """Batches of a multiple of so many images cost the least an image."""
 
     def __init__(self, checkpoint: Checkpoint, precision: str, device: str, max_batch: int) -> None:
         channels, height, width = checkpoint.config.image_shape

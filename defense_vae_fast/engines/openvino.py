@@ -66,6 +66,7 @@ class OpenVINOEngine(Engine):
         super().__init__(checkpoint, precision, "cpu", max_batch)
         self.streams = streams
         self._piece = min(_piece(checkpoint.config), max_batch)
+        self.batch_step = self._piece * streams  # in any other number some streams have one piece more to do
         self._core = core
         self._checkpoint = checkpoint
         self._note = note
