@@ -82,7 +82,6 @@ def test_a_batch_is_a_multiple_of_the_step(step: int, waiting: int, sizes: list[
     assert queue.images == 0
 
 
-
 def test_when_a_batch_is_due() -> None:
     queue = backlog()
     assert not queue.ready(0.0, idle=True)
