@@ -129,7 +129,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(
     train = trainers[kind]
     whole = train(tmp_path / "whole", False)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_signal", lambda: stopping_after(2))
+        patch.setattr(loop, "stop_signal", lambda: stopping_after(2))
         stopped = train(tmp_path / "parts", False).read_bytes()
     with pytest.raises(FileExistsError, match="--resume"):
         train(tmp_path / "parts", False)

@@ -358,7 +358,7 @@ def test_a_signal_between_a_step_and_its_end_loses_nothing(
             self.looks += 1
             return self.looks > 1
 
-    monkeypatch.setattr("training.fit._stop_signal", lambda ranks: nullcontext(Late()))
+    monkeypatch.setattr("training.fit.stop_signal", lambda ranks: nullcontext(Late()))
     result = fit(dataset, {"D": classifier_d}, replace(TINY, steps=5), tmp_path)
     assert not result.finished
     assert check_state(tmp_path / STATE_FILE, {}) == result.step

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,6 +29,7 @@ from training.progress import bar
 from training.recipe import Recipe
 from training.state import check_state, load_state, save_state
 from training.step import Average, CudaGraphs, Step, make_optimizer
+from training.stopping import stop_signal
 
 STATE_FILE = "state.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -164,7 +161,7 @@ def fit(
 
     saved = time.monotonic()
     title = f"Defense-VAE on {data.name}"
-    with bar(title, steps, step, quiet=not ranks.first) as progress, _stop_signal(ranks) as stopping:
+    with bar(title, steps, step, quiet=not ranks.first) as progress, stop_signal(ranks) as stopping:
         while step < steps:
             judge, own = _judges(recipe, list(classifiers), step)
             loss = run(source.batch(step), judge, recipe.rate(step, steps), own)
@@ -276,27 +273,3 @@ def _bundle(
             "python": platform.python_version(),
         },
     )
-
-
-@contextmanager
-def _stop_signal(ranks: Ranks = ALONE) -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; the second interrupts as usual. Only the main thread can catch them.
-
-    With several ranks the second does not: the launcher repeats what the terminal has said, and kills who is too slow.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        event.set()
-        if ranks.size == 1:
-            signal.signal(number, previous[number])
-
-    previous = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.fit import LOG_FILE, SECONDS_BETWEEN_SAVES, STATE_FILE, _stop_signal
+from training.fit import LOG_FILE, SECONDS_BETWEEN_SAVES, STATE_FILE
 from training.progress import bar
 from training.state import check_state, load_state, save_state
+from training.stopping import stop_signal
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Run:
             made = check_state(state, self.about, steps)
             load_state(state, modules=modules, optimizers=optimizers, device=self.device)
         saved = time.monotonic()
-        with bar(title, steps, made) as progress, _stop_signal() as stopping:
+        with bar(title, steps, made) as progress, stop_signal() as stopping:
             while made < steps:
                 loss = step(made)
                 made += 1
