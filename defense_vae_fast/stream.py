@@ -486,6 +486,7 @@ class _Core:
                 self._queue_now(make(*entry), source)
 
     def _queue_now(self, item: _Job, source: Hashable) -> None:
+        """Queue an item after those at the door, waiting for room if that is the rule; with the lock held."""
         self._admit()
         try:
             if self._waits and (self._blocked or not self._backlog.has_room(item.count)):
