@@ -35,6 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--bench-checkpoint", default="fashion_mnist", metavar="NAME_OR_PATH",
         help="the purifier to measure (default: fashion_mnist)",
     )  # fmt: skip
+    group.addoption(
+        "--bench-precision", default="auto", metavar="NAME",
+        help="precision of the engine behind the streams, int8 for instance (default: auto, as for any user)",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

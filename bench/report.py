@@ -132,7 +132,7 @@ def _stream_lines(results: Results) -> list[str]:
     rows = results.of("stream")
     if not rows:
         return ["live streams: not measured"]
-    shown = []
+    shown = [f"live streams, {rows[0].details['engine']} engine in {rows[0].details['precision']}:"]
     for row in rows:
         if row.details["test"] in ("load", "own capacity", "cameras"):
             continue

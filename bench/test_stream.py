@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +34,16 @@ Array = npt.NDArray[Any]
 
 
 @pytest.fixture(scope="module")
-def purifier(checkpoint_name: str) -> Iterator[Purifier]:
-    with Purifier.from_pretrained(checkpoint_name) as made:
+def purifier(checkpoint_name: str, pytestconfig: pytest.Config) -> Iterator[Purifier]:
+    with Purifier.from_pretrained(checkpoint_name, precision=pytestconfig.getoption("--bench-precision")) as made:
         made.warmup()
         yield made
+
+
+@pytest.fixture
+def record(record: Record, purifier: Purifier) -> Record:
+    info = purifier.info()
+    return functools.partial(record, engine=info["engine"], precision=info["precision"])
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ class Item:
         self.dropped: Cause | None = None
         self.error: BaseException | None = None
         self.settled = False
-        self.source: Source[Any]
+        self.source: Source[Any] | None = None
 
 
 class Backlog(Generic[ItemT]):
@@ -102,11 +102,7 @@ class Backlog(Generic[ItemT]):
 
         Under "block" it is taken in whether there is room or not.
         """
-        source = self._sources.get(name)
-        if source is None:
-            source = self._sources[name] = Source(name)
-        item.source = source
-        source.unsettled.append(item)
+        source = self.begin(item, name)
         dropped: list[ItemT] = []
         if not self.has_room(item.count) and self._when_full != "block":
             if self._when_full == "reject":
@@ -121,6 +117,15 @@ class Backlog(Generic[ItemT]):
         # Half of a deadline is left for the computing; waiting it out would be in vain.
         self.due = min(self.due, item.since + min(self._max_delay, item.deadline / 2))
         return dropped
+
+    def begin(self, item: ItemT, name: Hashable) -> Source[ItemT]:
+        """Give an item, which is computed without having waited, its place in the order of its source."""
+        source = self._sources.get(name)
+        if source is None:
+            source = self._sources[name] = Source(name)
+        item.source = source
+        source.unsettled.append(item)
+        return source
 
     def ready(self, now: float, idle: bool) -> bool:
         """Whether a batch should start: there is a full one, somebody's time is up, or the engine has been idle."""
@@ -166,12 +171,16 @@ class Backlog(Generic[ItemT]):
     def settle(self, items: list[ItemT]) -> list[ItemT]:
         """Note that these are computed or dropped; return all whose turn has come, so that a source's keep its order.
 
-        An item that settles before an older one of its source is held back until that one has.
+        An item that settles before an older one of its source is held back until that one has. One that never came
+        here has its turn at once.
         """
         for item in items:
             item.settled = True
         turn: list[ItemT] = []
         for item in items:
+            if item.source is None:
+                turn.append(item)
+                continue
             unsettled = item.source.unsettled
             while unsettled and unsettled[0].settled:
                 turn.append(unsettled.popleft())

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import asyncio
 
     _Copy = tuple[Images, int | None]  # and the place that it is in, if that is one of the stream's
-    _Entry = tuple[Batch, _Copy, float, float, Future[Any], Any]  # what a _Job is made of
+    _Entry = tuple[Batch, _Copy, float, float, Hashable, Future[Any], Any]  # what a _Job is made of
     _Part = tuple[Images, Scores] | BaseException
 
 _log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class Stream:
             core.count_invalid()
             raise
         ticket = Ticket(core)
-        core.enter(_Frame, (read, core.copy(read.array), since, deadline, ticket, tag), source)
+        core.enter(_Frame, (read, core.copy(read.array), since, deadline, source, ticket, tag))
         return ticket
 
     def _submit(self, images: Any, return_score: bool) -> Future[Any]:
@@ -212,7 +212,7 @@ class Stream:
             raise
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()  # so that it cannot be cancelled
-        self._core.enter(_Submission, (read, self._core.copy(read.array), since, math.inf, future, return_score), None)
+        self._core.enter(_Submission, (read, self._core.copy(read.array), since, math.inf, None, future, return_score))
         return future
 
     def stats(self) -> dict[str, Any]:
@@ -295,12 +295,15 @@ class Stream:
 class _Job(Item):
     """An item with somebody waiting for it."""
 
-    __slots__ = ("future", "to_images")
+    __slots__ = ("future", "name", "to_images")
 
-    def __init__(self, read: Batch, copied: _Copy, since: float, deadline: float, future: Future[Any]) -> None:
+    def __init__(
+        self, read: Batch, copied: _Copy, since: float, deadline: float, name: Hashable, future: Future[Any]
+    ) -> None:
         array, slot = copied
         super().__init__(array, _kind(array), since, deadline)
         self.slot = slot
+        self.name = name  # of its source
         self.to_images = read.images
         self.future = future
 
@@ -328,19 +331,21 @@ class _Frame(_Job):
     __slots__ = ("image", "score", "tag")
     future: Ticket
 
-    def __init__(self, read: Batch, copied: _Copy, since: float, deadline: float, ticket: Ticket, tag: Any) -> None:
-        super().__init__(read, copied, since, deadline, ticket)
+    def __init__(
+        self, read: Batch, copied: _Copy, since: float, deadline: float, name: Hashable, ticket: Ticket, tag: Any
+    ) -> None:
+        super().__init__(read, copied, since, deadline, name, ticket)
         self.tag = tag
         self.image: Any = None
         self.score: float | None = None
 
     def fill(self, purified: Images, scores: Scores) -> None:
-        self.image, self.score = self.to_images(purified), float(scores[0])
+        self.image, self.score = self.to_images(purified), scores.item(0)
 
     def resolve(self) -> Result:
         if self.dropped is not None:  # an image that was made before the failure is not handed out
             self.image = self.score = None
-        result = Result(self.image, self.score, self.source.name, self.tag, 1e3 * self.waited, self.dropped, self.error)
+        result = Result(self.image, self.score, self.name, self.tag, 1e3 * self.waited, self.dropped, self.error)
         if self.error is not None:
             self.future.set_exception(self.error)
         else:
@@ -355,9 +360,16 @@ class _Submission(_Job):
     __slots__ = ("answer", "return_score", "single", "to_scores")
 
     def __init__(
-        self, read: Batch, copied: _Copy, since: float, deadline: float, future: Future[Any], return_score: bool
+        self,
+        read: Batch,
+        copied: _Copy,
+        since: float,
+        deadline: float,
+        name: Hashable,
+        future: Future[Any],
+        return_score: bool,
     ) -> None:
-        super().__init__(read, copied, since, deadline, future)
+        super().__init__(read, copied, since, deadline, name, future)
         self.return_score, self.single, self.to_scores = return_score, read.single, read.scores
         self.answer: Any = None
 
@@ -413,7 +425,7 @@ class _Core:
         self._ended = False
         self._stopped: BaseException | None = None  # why the engine computes no more
         self._idle = True
-        self._helped = False  # another thread is computing, in :meth:`compute_here`
+        self._lone: _Job | None = None  # what another thread is computing, in :meth:`compute_here`
         # To wake the thread for a frame that its putter then computes costs as much as the rest of a lone frame's way
         # (40 of 80 us). So while putters do that, it wakes by itself, this often, to see whether a frame was left. With
         # ``max_delay`` alone, 2 ms, the waking itself cost 10 to 20 us a frame.
@@ -424,8 +436,9 @@ class _Core:
         self._settled: list[_Job] = []  # dropped by others than the thread, which hands them out
         # Whoever puts while the thread is away, computing, leaves the frame at the door. The engine has emptied the
         # caches, and to queue a frame then costs several times what it costs the thread, which queues many in a row.
+        # While nothing waits, one frame may be left there too: if it stays the only one, it needs no queue.
         self._away = False
-        self._door: deque[tuple[Callable[..., _Job], _Entry, Hashable]] = deque()
+        self._door: deque[tuple[Callable[..., _Job], _Entry]] = deque()
         self._door_room = 0  # images that may still be left there
         self._results: deque[Result] | None = deque() if iterate else None
         self._wakers: list[asyncio.Future[None]] = []
@@ -439,7 +452,8 @@ class _Core:
     def check_open(self) -> None:
         if os.getpid() != self._process:
             raise forked_error(self._process)  # before any lock: a thread of the parent may hold it for ever
-        self._check_running()
+        if self._closing or self._stopped is not None:
+            self._check_running()
 
     def _check_running(self) -> None:
         if self._stopped is not None:
@@ -474,18 +488,20 @@ class _Core:
                 self._buffers[kind] = _Buffers(self._engine, kind, self._queue + max_batch, max_batch)
             return self._buffers[kind]
 
-    def enter(self, make: Callable[..., _Job], entry: _Entry, source: Hashable) -> None:
+    def enter(self, make: Callable[..., _Job], entry: _Entry) -> None:
         """Queue an item; what that drops is handed out by the thread."""
         count = len(entry[1][0])
         with self._lock:
             if count <= self._door_room:
                 self._door_room -= count
                 self._in += count
-                self._door.append((make, entry, source))
+                self._door.append((make, entry))
+                if not self._away and not (self._watching and entry[3] / 2 >= self._patience):
+                    self._work.notify()
             else:
-                self._queue_now(make(*entry), source)
+                self._queue_now(make(*entry))
 
-    def _queue_now(self, item: _Job, source: Hashable) -> None:
+    def _queue_now(self, item: _Job) -> None:
         """Queue an item after those at the door, waiting for room if that is the rule; with the lock held."""
         self._admit()
         try:
@@ -498,15 +514,13 @@ class _Core:
         self._in += item.count
         due = self._backlog.due
         now = time.monotonic()
-        if dropped := self._backlog.add(item, source):
+        if dropped := self._backlog.add(item, item.name):
             self._settled += self._drop(dropped, now)
         if self._thread is None:
             self._thread = threading.Thread(target=_work, args=(self,), name="defense_vae_fast-stream", daemon=True)
             self._thread.start()
         elif self._settled or self._backlog.due < due or self._backlog.ready(now, self._idle):
-            left = self._watching and self._backlog.images == item.count and not self._settled
-            if not left or item.deadline / 2 < self._patience:
-                self._work.notify()
+            self._work.notify()
         self._open_door()
 
     def wake(self) -> None:
@@ -557,36 +571,50 @@ class _Core:
     def compute_here(self, ticket: Ticket) -> Result | None:
         """Compute a ticket's frame on the calling thread, if it is the only one and no callback would run here.
 
-        Its result, or None where it has to be waited for or is an error.
+        It does not go through the backlog. Its result, or None where it has to be waited for or is an error.
         """
         if self._callback is not None or self._results is not None:
             return None
+        started = time.monotonic()
         with self._lock:
-            alone = self._idle and self._backlog.images == 1 and not self._settled
-            if not alone or self._backlog.first.future is not ticket or ticket._has_callbacks():
+            if not self._idle or not self._door or self._door[0][1][5] is not ticket or ticket._has_callbacks():
                 return None
-            batch, settled = self._take(time.monotonic())
-            self._helped = True
+            make, entry = self._door[0]
+            item = make(*entry)
+            item.waited = started - item.since
+            if item.waited >= item.deadline:
+                return None
+            self._door.popleft()
+            self._lone = item
+            self._idle = False
+            self._computing = 1
+        settled: list[_Job] = []
         try:
-            if batch:
-                settled += self._compute(batch)
-            result = self._hand_out_one(settled[0]) if settled else None
-        finally:  # Ctrl-C comes to this thread too
+            try:
+                part: _Part = self._engine.run(item.array)
+            except BaseException as error:  # it belongs to the future, whatever it is: Ctrl-C comes to this thread too
+                part = error
+            item.take(part)
+            settled = self._account([item], time.monotonic() - started)
+            result = self._hand_out_one(item)
+        finally:
             with self._lock:
-                self._helped, self._computed_here = False, True
+                self._lone, self._computed_here = None, True
                 self._settled += settled[1:]  # later frames of the source, dropped meanwhile
                 if self._settled or self._backlog.images or self._closing or self._stopped is not None:
                     self._work.notify()
                 else:
                     self._idle = True
+                    self._open_door()
         return result if result is None or result.error is None else None
 
     def _wait_for_work(self) -> bool:
         while not self._settled:
-            if not self._backlog.images and not self._helped:
+            if not self._backlog.images and self._lone is None:
                 if self._closing or self._stopped is not None:
                     return False
                 self._idle = True
+                self._open_door()
                 self._sleep()
             elif not self._may_compute():
                 self._sleep()
@@ -598,15 +626,16 @@ class _Core:
         return True
 
     def _sleep(self) -> None:
-        self._watching = self._patience > 0 and (self._helped or self._computed_here)
+        self._watching = self._patience > 0 and (self._lone is not None or self._computed_here)
         self._computed_here = False
         self._work.wait(self._patience if self._watching else None)
         self._watching = False
+        self._admit()
 
     def _may_compute(self) -> bool:
         """Unless another thread does, or a reader is so far behind that more results would only pile up."""
         held_up = self._results is not None and len(self._results) >= self._queue and not self._closing
-        return not self._helped and not held_up
+        return self._lone is None and not held_up
 
     def _compute(self, batch: list[_Job]) -> list[_Job]:
         """Compute a batch; those that may be handed out now."""
@@ -620,6 +649,10 @@ class _Core:
         taken = time.monotonic() - started
         for item, part in zip(batch, parts, strict=True):
             item.take(part)
+        return self._account(batch, taken)
+
+    def _account(self, batch: list[_Job], taken: float) -> list[_Job]:
+        """Note what became of a batch, computed in ``taken`` seconds; those that may be handed out now."""
         with self._lock:
             size = min(self._computing, self._backlog.max_batch)
             self._sizes[size] = self._sizes.get(size, 0) + 1
@@ -703,14 +736,24 @@ class _Core:
     def _admit(self) -> None:
         """Queue what was left at the door, and close it."""
         self._door_room = 0
+        if self._lone is not None and self._lone.source is None and not self._lone.settled:
+            self._backlog.begin(self._lone, self._lone.name)  # what comes after it is not to overtake it
         while self._door:
-            make, entry, source = self._door.popleft()
-            self._backlog.add(make(*entry), source)
+            make, entry = self._door.popleft()
+            item = make(*entry)
+            self._backlog.add(item, item.name)
 
     def _open_door(self) -> None:
-        """Let frames be left at the door, as many as there is room for, if the thread will come back to them."""
-        if self._away and not self._blocked and not self._closing and self._stopped is None:
+        """Let frames be left at the door if the thread will come back to them.
+
+        As many as there is room for while it computes, and one while nobody has anything to do.
+        """
+        if self._blocked or self._closing or self._stopped is not None:
+            return
+        if self._away:
             self._door_room = self._backlog.room
+        elif self._idle and self._thread is not None and not self._backlog.images and not self._door:
+            self._door_room = 1
 
     def _take(self, now: float) -> tuple[list[_Job], list[_Job]]:
         """The next batch, and those whose deadline has passed and that may be handed out now."""
@@ -857,7 +900,7 @@ def _work(core: _Core) -> None:
 
 
 def _kind(array: Images) -> ImageKind:
-    return "uint8" if array.dtype == np.uint8 else "float"
+    return "uint8" if array.dtype.kind == "u" else "float"
 
 
 def _wake(waker: asyncio.Future[None]) -> None:

@@ -314,7 +314,8 @@ def stream_row(name: str, share: float, p99: float, change: float = 0.02) -> Row
 def test_stream_lines_and_plot(results: Results, tmp_path: Path) -> None:
     assert report.lines(results, described())[-1] == "live streams: not measured"
     assert not plot.draw_stream(tmp_path / "none.png", results)
-    results.add(Row("stream", "lone, streamed", 1, (0.001,), {"test": "lone", "extra_seconds": 4.2e-05}))
+    engine = {"engine": "openvino", "precision": "int8"}
+    results.add(Row("stream", "lone, streamed", 1, (0.001,), {"test": "lone", "extra_seconds": 4.2e-05, **engine}))
     results.add(Row("stream", "full, streamed", 64, (0.016,), {"test": "throughput", "share_of_calls": 0.91}))
     told = {
         "test": "eighty percent", "shares_of_bound": [0.5, 2.0, 0.75], "bounds": [0.08] * 3, "frames": [100] * 3,
@@ -327,6 +328,7 @@ def test_stream_lines_and_plot(results: Results, tmp_path: Path) -> None:
     results.add(stream_row("unsteady", 0.8, 0.01, change=0.25))
     text = "\n".join(report.lines(results, described()))
     assert text.count("the machine -20%") == 1
+    assert "live streams, openvino engine in int8:" in text
     assert "lone, streamed: 1.00 ms a frame (median of 1), +42 us" in text
     assert (
         "80 % of capacity, camera, 16 sources: p99 0.75 of its bound, the median of 3 runs "

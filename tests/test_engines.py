@@ -121,15 +121,15 @@ def test_larger_colour_networks(name, shape):
         assert np.abs(loaded.run(levels)[0] - 255 * expected.transpose(0, 2, 3, 1)).max() <= 0.53
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 37])
-def test_an_image_gets_the_same_bytes_in_any_openvino_batch(checkpoint, count):
-    """Not promised across CPUs, but held where the tests run: one size a model means one set of kernels."""
+def test_an_image_gets_the_same_bytes_in_any_openvino_batch(checkpoint):
+    """Not promised across CPUs, but held where the tests run: images do not mix, whatever a request's size."""
     levels, _ = pixels(40)
     with OpenVINOEngine.load(checkpoint) as loaded:
         purified, scores = loaded.run(levels)
-        part, part_scores = loaded.run(levels[:count])
-        assert np.array_equal(part, purified[:count])
-        assert np.array_equal(part_scores, scores[:count])
+        for count in range(1, len(levels)):
+            part, part_scores = loaded.run(levels[-count:])
+            assert np.array_equal(part, purified[-count:])
+            assert np.array_equal(part_scores, scores[-count:])
 
 
 @pytest.mark.parametrize("count", [1, 12])

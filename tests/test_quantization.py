@@ -225,7 +225,7 @@ def test_openvino_gives_an_image_the_same_bytes_in_any_batch(engine, quantized):
 
 def test_openvino_multiplies_integers_in_every_layer(engine, quantized):
     """Precision is not lost on the way: what each layer takes in says what it was compiled to."""
-    compiled = engine._single_lane("uint8").free.get().request.get_compiled_model()
+    compiled = engine._lane("uint8", 1, 1).free.get().request.get_compiled_model()
     nodes = compiled.get_runtime_model().get_ordered_ops()
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
     layers = {

@@ -1,11 +1,10 @@
 """The embedded CPU engine: OpenVINO on the folded graph. It needs neither a GPU nor torch.
 
-Cost per image hardly depends on how many images a request carries (0.68 ms of one core alone, 0.64 in 8 or 64, bf16),
-so every model is compiled for one fixed size: shapes stay static (5 to 10 % faster than a dynamic batch), no image is
-padding, and an image goes through the same kernels in whatever company it travels. Three :class:`_Lane` do the work:
+Every model is compiled for one fixed size: shapes stay static (5 to 10 % faster than a dynamic batch), no image is
+padding, and an image goes through the same kernels in whatever company it travels. A :class:`_Lane` is one such model:
 
-- one image asked for by ``run``: one request on all cores, for latency;
-- larger batches: pieces of ``_PIECE`` images, and single ones for the rest, over one stream a core, for throughput.
+- pieces of ``_PIECE`` images over one stream a core, for throughput, as long as there are enough for every stream;
+- for the rest, and for small batches, requests of ``_TOGETHER`` images on all cores, one after the other, for latency.
 """
 
 from __future__ import annotations
@@ -41,6 +40,11 @@ if TYPE_CHECKING:
     from defense_vae_fast.onnx_graph import Precision
 
 _PIECE = 8
+# Images of a request on all cores. Single images side by side, one a core, read all weights for every image: with int8
+# on two cores with AVX2 alone, 3 took 2.5 ms together and 3.3 ms that way, 4 took 3.0 and 3.7, 12 took 6.0 and 7.3.
+_TOGETHER = (8, 4, 3, 2, 1)
+# Of more than so many, which only wide machines have left after their pieces, each goes to a core of its own.
+_MOST_TOGETHER = 2 * _PIECE
 # Grey levels, on average and at most, that a precision may differ from fp32 by; beyond these it is broken, not rounded.
 # A trained network moves by about a third of a level in bf16 and by 0.8 in int8 on the fixed images.
 _TOLERANCE = {"bf16": (2.0, 32), "int8": (5.0, 64)}
@@ -66,13 +70,14 @@ class OpenVINOEngine(Engine):
         super().__init__(checkpoint, precision, "cpu", max_batch)
         self.streams = streams
         self._piece = min(_piece(checkpoint.config), max_batch)
+        # By the number of images that are left: how many of them make the next request on all cores.
+        self._together = [max(size for size in _TOGETHER if size <= left) for left in range(1, self._piece + 1)]
         self.batch_step = self._piece * streams  # in any other number some streams have one piece more to do
         self._core = core
         self._checkpoint = checkpoint
         self._note = note
         self._models: dict[tuple[ImageKind, str], openvino.Model] = {}
-        self._lanes: dict[tuple[ImageKind, int], _Lane] = {}
-        self._single: dict[ImageKind, _Lane] = {}
+        self._lanes: dict[tuple[ImageKind, int, int], _Lane] = {}
         self._building = threading.Lock()
 
     @classmethod
@@ -137,25 +142,22 @@ class OpenVINOEngine(Engine):
         try:
             kind = self._kind(batch)
             purified = self._output(batch, out)
-            if len(batch) > 1:
-                scores = np.empty(len(batch), np.float32)
-                run_pieces(self._pieces(kind, len(batch)), batch, purified, scores)
-                return purified, scores
-            lane = self._single.get(kind) or self._single_lane(kind)
-            slot = lane.free.get()
-            try:
-                slot.images[...] = batch
-                slot.request.infer(share_outputs=True)
-                purified[...] = slot.purified
-                return purified, slot.scores.copy()
-            finally:
-                lane.free.put(slot)
+            scores = np.empty(len(batch), np.float32)
+            start = 0
+            if len(batch) > 1 and (start := self._spread(len(batch))):
+                run_pieces(self._pieces(kind, start), batch, purified, scores)
+            while start < len(batch):
+                size = self._together[min(len(batch) - start, self._piece) - 1]
+                where = slice(start, start + size)
+                self._lane(kind, size, 1).infer(batch[where], purified[where], scores[where])
+                start += size
+            return purified, scores
         finally:
             self._leave()
 
     def warmup(self) -> None:
-        """See :meth:`Engine.warmup`; a single image, pieces for every stream and a remainder use every lane."""
-        self._run_zeros(1, self._piece * self.streams + 1)
+        """See :meth:`Engine.warmup`; these counts use every lane."""
+        self._run_zeros(*set(self._together), _MOST_TOGETHER + 1, self.batch_step)
 
     def info(self) -> dict[str, Any]:
         """See :meth:`Engine.info`; adds streams, requests, why this precision, CPU and OpenVINO version."""
@@ -172,37 +174,30 @@ class OpenVINOEngine(Engine):
 
     def _release(self) -> None:
         self._lanes.clear()
-        self._single.clear()
         self._models.clear()
 
+    def _spread(self, count: int) -> int:
+        """Images of a batch that go over the streams: all that fill every stream, and more than a few after them."""
+        full = count // self.batch_step * self.batch_step
+        return count if count - full > _MOST_TOGETHER else full
+
     def _pieces(self, kind: ImageKind, count: int) -> Iterator[Piece]:
-        """Cut a batch: large pieces while there are enough for every stream, single images after them."""
-        piece = self._piece
-        large = count // piece * piece if count >= piece * self.streams else 0
-        if large:
-            lane = self._lane(kind, piece)
-            for start in range(0, large, piece):
-                yield lane, start, start + piece
-        if large < count:
-            lane = self._lane(kind, 1)
-            for start in range(large, count):
-                yield lane, start, start + 1
+        """Cut what goes over the streams: large pieces while there are enough for every stream, then single images."""
+        full = count // self.batch_step * self.batch_step
+        for start in range(0, full, self._piece):
+            yield self._lane(kind, self._piece, self.streams), start, start + self._piece
+        for start in range(full, count):
+            yield self._lane(kind, 1, self.streams), start, start + 1
 
-    def _single_lane(self, kind: ImageKind) -> _Lane:
-        with self._building:
-            if kind not in self._single:
-                self._single[kind] = self._make_lane(kind, 1, self.precision, 1, requests=2)
-            return self._single[kind]
-
-    def _lane(self, kind: ImageKind, size: int) -> _Lane:
-        lane = self._lanes.get((kind, size))
+    def _lane(self, kind: ImageKind, size: int, streams: int) -> _Lane:
+        lane = self._lanes.get((kind, size, streams))
         if lane is None:
             with self._building:
-                if (kind, size) not in self._lanes:
+                lane = self._lanes.get((kind, size, streams))
+                if lane is None:
                     # Two requests a stream: one computes while the other is filled and emptied.
-                    lane = self._make_lane(kind, size, self.precision, self.streams, requests=2 * self.streams)
-                    self._lanes[kind, size] = lane
-                lane = self._lanes[kind, size]
+                    lane = self._make_lane(kind, size, self.precision, streams, requests=2 * streams)
+                    self._lanes[kind, size, streams] = lane
         return lane
 
     def _make_lane(self, kind: ImageKind, size: int, precision: str, streams: int, requests: int) -> _Lane:
@@ -227,11 +222,16 @@ class OpenVINOEngine(Engine):
     def _disagreement(self) -> str | None:
         """Why the precision is not to be trusted for this checkpoint, or None: it and fp32 on four fixed images."""
         images = trial_images(self._shapes["uint8"])
-        ours = self._single_lane("uint8")
-        reference = self._make_lane("uint8", 1, "fp32", 1, requests=1)
-        difference = np.stack(
-            [np.abs(ours.infer_one(image).astype(np.int16) - reference.infer_one(image)) for image in images[:, None]]
-        )
+        ours, reference = np.empty_like(images), np.empty_like(images)
+        score = np.empty(1, np.float32)
+        for lane, purified in (
+            (self._lane("uint8", 1, 1), ours),
+            (self._make_lane("uint8", 1, "fp32", 1, requests=1), reference),
+        ):
+            for number in range(len(images)):
+                one = slice(number, number + 1)
+                lane.infer(images[one], purified[one], score)
+        difference = np.abs(ours.astype(np.int16) - reference)
         mean, largest = float(difference.mean()), int(difference.max())
         mean_limit, limit = _TOLERANCE[self.precision]
         if mean <= mean_limit and largest <= limit:
@@ -270,6 +270,13 @@ class _Slot:
         """Wait, and leave the results."""
         self.request.wait()
 
+    def infer(self, batch: Images, purified: Images, scores: Scores) -> None:
+        """From beginning to end, on this thread too: sooner there than by starting it and waiting."""
+        self.images[...] = batch
+        self.request.infer(share_outputs=True)
+        purified[...] = self.purified
+        scores[...] = self.scores
+
 
 class _Lane(Lane[_Slot]):
     """One compiled model of a fixed batch size and its idle requests."""
@@ -277,13 +284,13 @@ class _Lane(Lane[_Slot]):
     def __init__(self, compiled: openvino.CompiledModel, requests: int) -> None:
         super().__init__(_Slot(compiled) for _ in range(requests))
 
-    def infer_one(self, batch: Images) -> Images:
+    def infer(self, batch: Images, purified: Images, scores: Scores) -> None:
+        """Images of one request, from beginning to end."""
         slot = self.free.get()
-        slot.start(batch)
-        purified, scores = np.empty_like(batch), np.empty(len(batch), np.float32)
-        slot.finish(purified, scores)
-        self.free.put(slot)
-        return purified
+        try:
+            slot.infer(batch, purified, scores)
+        finally:
+            self.free.put(slot)
 
 
 def _core() -> openvino.Core:
