@@ -130,6 +130,11 @@ def test_an_image_gets_the_same_bytes_in_any_openvino_batch(checkpoint):
             part, part_scores = loaded.run(levels[-count:])
             assert np.array_equal(part, purified[-count:])
             assert np.array_equal(part_scores, scores[-count:])
+        loaded.batch_step = 128  # as with sixteen streams, each of which gets single images of the forty
+        one_by_one, their_scores = loaded.run(levels)
+        assert ("uint8", 1, loaded.streams) in loaded._lanes
+        assert np.array_equal(one_by_one, purified)
+        assert np.array_equal(their_scores, scores)
 
 
 @pytest.mark.parametrize("count", [1, 12])

@@ -468,6 +468,18 @@ def test_a_frame_that_is_left_is_computed_all_the_same(
     assert adds_up(stream)
 
 
+def test_a_lone_frame_is_handed_out_once(
+    purifier: Purifier, frames: Array, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However often the thread looks in meanwhile."""
+    monkeypatch.setattr(purifier._engine, "run", lambda images, out=None: (images.copy(), np.zeros(1, np.float32)))
+    with purifier.stream(max_delay_ms=0.001) as stream:
+        for turn in range(3000):
+            assert stream.put(frames[0], source="cam", tag=turn).result().tag == turn
+    assert stream.stats()["frames_out"] == 3000
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("ask", ["callback", "timeout", "exception", "await"])
 def test_a_frame_that_is_asked_for_is_not_left(purifier: Purifier, frames: Array, expected: Array, ask: str) -> None:
     """The thread, which sleeps for minutes here, is woken whichever way the result is asked for."""
