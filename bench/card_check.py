@@ -42,10 +42,14 @@ OBLIVIOUS: dict[str, tuple[Callable[[], Any], float | None]] = {
 
 
 def attacked(attack: Any, network: nn.Module, images: Tensor, labels: Tensor, epsilon: float | None) -> Tensor:
-    """Float images as Foolbox gives them for a network, a batch at a time."""
+    """Float images as Foolbox gives them for a network, a batch at a time; those that it has not fooled as they were.
+
+    Its CW gives a black image where it has found nothing, and counts that as found if black is of another class.
+    """
     model = foolbox.PyTorchModel(network, bounds=(0, 1), device=images.device)
     parts = zip(images.split(BATCH), labels.split(BATCH), strict=True)
-    return torch.cat([attack(model, some, wanted, epsilons=epsilon)[1] for some, wanted in parts])
+    made = torch.cat([attack(model, some, wanted, epsilons=epsilon)[1] for some, wanted in parts])
+    return torch.where(made.flatten(1).any(1).view(-1, 1, 1, 1), made, images)
 
 
 @torch.no_grad()

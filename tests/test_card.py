@@ -362,3 +362,14 @@ def test_errors_are_one_line(
         main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_foolbox_images_that_were_not_fooled_stay_as_they_were() -> None:
+    """Its CW makes them black."""
+    stubborn = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).requires_grad_(False).eval()
+    stubborn[1].weight.zero_()
+    stubborn[1].bias.copy_(torch.tensor([9.0, 0.0]))
+    images = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(3, dtype=torch.long)
+    attack = card_check.OBLIVIOUS["cw"][0]()
+    assert torch.equal(card_check.attacked(attack, stubborn, images, labels, None), images)
