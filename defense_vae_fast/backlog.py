@@ -189,11 +189,6 @@ class Backlog(Generic[ItemT]):
         return turn
 
     @property
-    def first(self) -> ItemT:
-        """The item whose turn is next; there must be one."""
-        return self._turns[0].waiting[0]
-
-    @property
     def sources(self) -> int:
         """Sources that have something waiting or computing."""
         return len(self._sources)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _PIECE = 8
 # Images of a request on all cores. Single images side by side, one a core, read all weights for every image: with int8
-# on two cores with AVX2 alone, 3 took 2.5 ms together and 3.3 ms that way, 4 took 3.0 and 3.7, 12 took 6.0 and 7.3.
+# on two cores with AVX2 alone, 3 took 2.5 ms together and 3.1 to 3.5 that way, 4 took 3.0 and 3.7, 12 took 6.0 and 7.3.
 _TOGETHER = (8, 4, 3, 2, 1)
 # Of more than so many, which only wide machines have left after their pieces, each goes to a core of its own.
 _MOST_TOGETHER = 2 * _PIECE
