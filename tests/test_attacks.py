@@ -172,6 +172,15 @@ def test_deepfool_fools_with_the_smallest_perturbation(classifier_d: nn.Module, 
     assert float(ours) < 0.5 * float(theirs)
 
 
+def test_deepfool_gives_foolboxs_images(classifier_d: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    """Its perturbations are so small that where a step ends decides what rounding to 8 bits leaves of them."""
+    pixels, labels = images[0][:50], images[1][:50]
+    wrapped = foolbox.PyTorchModel(classifier_d, bounds=(0, 1), device="cpu")
+    attack = foolbox.attacks.L2DeepFoolAttack(candidates=None)
+    _, reference, _ = attack(wrapped, pixels, foolbox.criteria.Misclassification(labels), epsilons=None)
+    torch.testing.assert_close(DeepFool()(classifier_d, pixels, labels), reference, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("attack", PAPER_TEST_ATTACKS.values(), ids=PAPER_TEST_ATTACKS.keys())
 def test_weights_get_no_gradient_and_inputs_are_left_alone(
     attack: Attack, classifier_d: nn.Module, images: tuple[Tensor, Tensor]

@@ -241,10 +241,12 @@ class DeepFool:
     Args:
         iterations: linearisations at most.
         overshoot: share by which the perturbation is made longer than the linear model asks for.
+        past_face: distance, in pixel units, by which every step goes past the face; the authors' code has 1e-4.
     """
 
     iterations: int = 50
     overshoot: float = 0.02
+    past_face: float = 1e-4
 
     def __call__(
         self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
@@ -273,8 +275,8 @@ class DeepFool:
             nearest = (heights / lengths).scatter(1, own, torch.inf).argmin(1, keepdim=True)
             height, length = heights.gather(1, nearest), lengths.gather(1, nearest)
             normal = normals.gather(1, nearest.unsqueeze(2).expand(-1, -1, normals.shape[2])).squeeze(1)
-            # The constant steps off the face itself, as in the authors' code.
-            total[holding] += ((height + 1e-4) / length.square() * normal).view_as(total[holding]).to(total)
+            step = (height / length + self.past_face) / length * normal
+            total[holding] += step.view_as(total[holding]).to(total)
             attacked[holding] = (images[holding] + (1 + self.overshoot) * total[holding]).clamp(0, 1)
         return attacked
 

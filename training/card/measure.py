@@ -108,12 +108,19 @@ def make_card(
         robust = (adversarial or {}).get(name)
         about = {
             "version": __version__, "name": name, "checkpoint": bundle.digest, "data": data.digest,
-            "settings": asdict(settings), "classifier": weights_digest(classifier), "layers": repr(classifier),
+            "settings": asdict(settings), "attacks": repr(list(oblivious_attacks().values())),
+            "classifier": weights_digest(classifier), "layers": repr(classifier),
             "adversarial": None if robust is None else weights_digest(robust), "device": device.type,
         }  # fmt: skip
         make = partial(one.timed_section, own, split, few, validation, data.classes, robust)
         card["classifiers"][name], pictures[name] = kept_section(keep, about, make)
     return card, pictures
+
+
+def oblivious_attacks() -> dict[str, Attack]:
+    """The attacks on the bare classifier, by the names they have in a card."""
+    paper = {f"{name}_0.3" if name != "cw" else name: attack for name, attack in PAPER_TEST_ATTACKS.items()}
+    return {**paper, **TRANSFER_ATTACKS}
 
 
 @dataclass
@@ -182,9 +189,8 @@ class _Classifier:
         }
 
     def _oblivious_images(self, split: Split) -> dict[str, tuple[Attack, Tensor]]:
-        attacks = {f"{name}_0.3" if name != "cw" else name: attack for name, attack in PAPER_TEST_ATTACKS.items()}
         made = {}
-        for name, attack in {**attacks, **TRANSFER_ATTACKS}.items():
+        for name, attack in oblivious_attacks().items():
             title = f"{name} on {self.name}"
             made[name] = (attack, attacked_images(attack, self.classifier, split, title=title, folder=self.keep))
         return made
