@@ -31,9 +31,13 @@ if TYPE_CHECKING:
 
     _Copy = tuple[Images, int | None]  # and the place that it is in, if that is one of the stream's
     _Entry = tuple[Batch, _Copy, float, float, Hashable, Future[Any], Any]  # what a _Job is made of
+    _Left = tuple[Callable[..., Any], _Entry]
     _Part = tuple[Images, Scores] | BaseException
 
 _log = logging.getLogger(__name__)
+_LONE_TIMES = 512  # of so many frames computed by their putters the account is made at once
+_making = threading.Lock()  # held while the Future in a Ticket is made
+_CALLBACK_RAISED = "a callback of the stream raised"
 _PERCENTILES = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9}
 
 
@@ -64,9 +68,30 @@ class Ticket(Future[Result]):
     cancelled: give the frame a deadline.
     """
 
+    # To make a Future right after an engine has emptied the caches, and to set its result, took 20 us of the 55 that a
+    # lone frame cost. So the Future in a Ticket is made when somebody looks for anything of it.
+    _made = False
+    _outcome: Result | None = None
+
     def __init__(self, core: _Core) -> None:
-        super().__init__()
         self._core: _Core | None = core
+        if not core.idle:  # many are on their way, and making it later costs a little more
+            super().__init__()
+            self._made = True
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            with _making:
+                if not self._made:
+                    future: Future[Result] = Future()
+                    if self._outcome is not None:
+                        future.set_result(self._outcome)
+                    self.__dict__.update(future.__dict__)
+                    self._made = True
+            return object.__getattribute__(self, name)
 
     def result(self, timeout: float | None = None) -> Result:
         """The result, waited for at most ``timeout`` seconds (None: as long as it takes).
@@ -97,8 +122,19 @@ class Ticket(Future[Result]):
         if (core := self._core) is not None:
             core.wake()
 
+    def _resolve(self, result: Result) -> None:
+        self._core = None  # the stream need not live as long as its results
+        with _making:
+            if not self._made and result.error is None:
+                self._outcome = result
+                return
+        if result.error is not None:
+            self.set_exception(result.error)
+        else:
+            self.set_result(result)
+
     def _has_callbacks(self) -> bool:
-        return bool(self._done_callbacks)  # type: ignore[attr-defined]
+        return self._made and bool(self._done_callbacks)  # type: ignore[attr-defined]
 
     def __await__(self) -> Generator[Any, None, Result]:
         import asyncio
@@ -346,11 +382,7 @@ class _Frame(_Job):
         if self.dropped is not None:  # an image that was made before the failure is not handed out
             self.image = self.score = None
         result = Result(self.image, self.score, self.name, self.tag, 1e3 * self.waited, self.dropped, self.error)
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(result)
-        self.future._core = None  # the stream need not live as long as its results
+        self.future._resolve(result)
         return result
 
 
@@ -424,8 +456,10 @@ class _Core:
         self._closing = False
         self._ended = False
         self._stopped: BaseException | None = None  # why the engine computes no more
-        self._idle = True
-        self._lone: _Job | None = None  # what another thread is computing, in :meth:`compute_here`
+        self.idle = True  # the engine has nothing to do, and nothing waits
+        self._lone: _Left | None = None  # what another thread is computing, in :meth:`compute_here`
+        self._lone_item: _Job | None = None  # it, once another frame has come
+        self._lone_times: list[tuple[float, float, Cause | None]] = []  # not in the account yet: waiting, computing
         # To wake the thread for a frame that its putter then computes costs as much as the rest of a lone frame's way
         # (40 of 80 us). So while putters do that, it wakes by itself, this often, to see whether a frame was left. With
         # ``max_delay`` alone, 2 ms, the waking itself cost 10 to 20 us a frame.
@@ -438,7 +472,7 @@ class _Core:
         # caches, and to queue a frame then costs several times what it costs the thread, which queues many in a row.
         # While nothing waits, one frame may be left there too: if it stays the only one, it needs no queue.
         self._away = False
-        self._door: deque[tuple[Callable[..., _Job], _Entry]] = deque()
+        self._door: deque[_Left] = deque()
         self._door_room = 0  # images that may still be left there
         self._results: deque[Result] | None = deque() if iterate else None
         self._wakers: list[asyncio.Future[None]] = []
@@ -519,7 +553,7 @@ class _Core:
         if self._thread is None:
             self._thread = threading.Thread(target=_work, args=(self,), name="defense_vae_fast-stream", daemon=True)
             self._thread.start()
-        elif self._settled or self._backlog.due < due or self._backlog.ready(now, self._idle):
+        elif self._settled or self._backlog.due < due or self._backlog.ready(now, self.idle):
             self._work.notify()
         self._open_door()
 
@@ -558,7 +592,7 @@ class _Core:
                 return False
             settled, self._settled = self._settled, []
             now = time.monotonic()
-            if self._may_compute() and self._backlog.ready(now, self._idle or self._closing):
+            if self._may_compute() and self._backlog.ready(now, self.idle or self._closing):
                 batch, expired = self._take(now)
                 settled += expired
                 self._away = bool(batch)
@@ -571,56 +605,70 @@ class _Core:
     def compute_here(self, ticket: Ticket) -> Result | None:
         """Compute a ticket's frame on the calling thread, if it is the only one and no callback would run here.
 
-        It does not go through the backlog. Its result, or None where it has to be waited for or is an error.
+        Its result, or None where it has to be waited for or is an error. With cold caches every object on its way
+        counts, so it becomes an item of the backlog only if another frame comes meanwhile.
         """
         if self._callback is not None or self._results is not None:
             return None
         started = time.monotonic()
         with self._lock:
-            if not self._idle or not self._door or self._door[0][1][5] is not ticket or ticket._has_callbacks():
+            if not self.idle or not self._door:
                 return None
-            make, entry = self._door[0]
-            item = make(*entry)
-            item.waited = started - item.since
-            if item.waited >= item.deadline:
+            read, (array, slot), since, deadline, name, owner, tag = self._door[0][1]
+            waited = started - since
+            if owner is not ticket or waited >= deadline or ticket._has_callbacks():
                 return None
-            self._door.popleft()
-            self._lone = item
-            self._idle = False
+            self._lone = self._door.popleft()
+            self.idle = False
             self._computing = 1
-        settled: list[_Job] = []
+        later: list[_Job] = []
         try:
             try:
-                part: _Part = self._engine.run(item.array)
+                purified, scores = self._engine.run(array)
+                result = Result(read.images(purified), scores.item(0), name, tag, 1e3 * waited)
             except BaseException as error:  # it belongs to the future, whatever it is: Ctrl-C comes to this thread too
-                part = error
-            item.take(part)
-            settled = self._account([item], time.monotonic() - started)
-            result = self._hand_out_one(item)
+                result = Result(None, None, name, tag, 1e3 * waited, "failed", error)
+            taken = time.monotonic() - started
+            with self._lock:
+                self._computing = 0
+                if slot is not None:
+                    self._buffers[_kind(array)].free.append(slot)
+                self._lone_times.append((waited, taken, result.dropped))
+                if len(self._lone_times) == _LONE_TIMES:
+                    self._account_lone()
+                if self._lone_item is not None:
+                    later = self._backlog.settle([self._lone_item])[1:]
+                    self._lone_item = None
+                if self._engine.closed:
+                    self._stop(self._closed_error())
+            try:
+                ticket._resolve(result)
+            except BaseException:  # of a callback that was added meanwhile
+                _log.exception(_CALLBACK_RAISED)
         finally:
             with self._lock:
                 self._lone, self._computed_here = None, True
-                self._settled += settled[1:]  # later frames of the source, dropped meanwhile
+                self._settled += later  # later frames of the source, dropped meanwhile
                 if self._settled or self._backlog.images or self._closing or self._stopped is not None:
                     self._work.notify()
                 else:
-                    self._idle = True
+                    self.idle = True
                     self._open_door()
-        return result if result is None or result.error is None else None
+        return result if result.error is None else None
 
     def _wait_for_work(self) -> bool:
         while not self._settled:
             if not self._backlog.images and self._lone is None:
                 if self._closing or self._stopped is not None:
                     return False
-                self._idle = True
+                self.idle = True
                 self._open_door()
                 self._sleep()
             elif not self._may_compute():
                 self._sleep()
             else:
                 now = time.monotonic()
-                if self._backlog.ready(now, self._idle or self._closing):
+                if self._backlog.ready(now, self.idle or self._closing):
                     break
                 self._work.wait(self._backlog.due - now)
         return True
@@ -669,8 +717,20 @@ class _Core:
             self._computing_times.add(taken, out)
             settled = self._backlog.settle(batch)
             if self._engine.closed:
-                self._stop(RuntimeError(f"the {self._engine.name} engine is closed"))
+                self._stop(self._closed_error())
         return settled
+
+    def _account_lone(self) -> None:
+        """The same for frames that :meth:`compute_here` has computed, many at once; with the lock held."""
+        for waited, taken, dropped in self._lone_times:
+            if dropped is None:
+                self._out += 1
+                self._waiting_times.add(waited)
+                self._computing_times.add(taken)
+            else:
+                self._count_dropped(dropped, 1)
+            self._sizes[1] = self._sizes.get(1, 0) + 1
+        self._lone_times.clear()
 
     def _run(self, batch: list[_Job]) -> list[tuple[Images, Scores]]:
         """Images, which own their memory, and scores of each item."""
@@ -728,7 +788,7 @@ class _Core:
             if result is not None and self._callback is not None:
                 self._callback(result)
         except BaseException:  # not even sys.exit in a callback may take the other frames along
-            _log.exception("a callback of the stream raised")
+            _log.exception(_CALLBACK_RAISED)
         return result
 
     # With the lock held
@@ -736,8 +796,10 @@ class _Core:
     def _admit(self) -> None:
         """Queue what was left at the door, and close it."""
         self._door_room = 0
-        if self._lone is not None and self._lone.source is None and not self._lone.settled:
-            self._backlog.begin(self._lone, self._lone.name)  # what comes after it is not to overtake it
+        if self._lone is not None and self._computing and self._lone_item is None:
+            make, entry = self._lone
+            self._lone_item = item = make(*entry)
+            self._backlog.begin(item, item.name)  # what comes after it is not to overtake it
         while self._door:
             make, entry = self._door.popleft()
             item = make(*entry)
@@ -752,13 +814,13 @@ class _Core:
             return
         if self._away:
             self._door_room = self._backlog.room
-        elif self._idle and self._thread is not None and not self._backlog.images and not self._door:
+        elif self.idle and self._thread is not None and not self._backlog.images and not self._door:
             self._door_room = 1
 
     def _take(self, now: float) -> tuple[list[_Job], list[_Job]]:
         """The next batch, and those whose deadline has passed and that may be handed out now."""
         batch, expired = self._backlog.take(now)
-        self._idle = False
+        self.idle = False
         self._computing = sum(item.count for item in batch)
         if self._blocked and not batch:
             self._room.notify_all()
@@ -781,6 +843,9 @@ class _Core:
         if item.slot is not None:
             self._buffers[item.kind].free.append(item.slot)
             item.slot = None
+
+    def _closed_error(self) -> RuntimeError:
+        return RuntimeError(f"the {self._engine.name} engine is closed")
 
     def _stop(self, reason: BaseException) -> None:
         self._admit()
@@ -846,6 +911,7 @@ class _Core:
         with self._lock:
             self._admit()
             self._open_door()
+            self._account_lone()
             return {
                 "frames_in": self._in,
                 "frames_out": self._out,
@@ -860,6 +926,7 @@ class _Core:
     def histograms(self, octaves: Sequence[int]) -> dict[str, tuple[list[tuple[float, int]], int, float]]:
         """See :meth:`Stream.histograms`."""
         with self._lock:
+            self._account_lone()
             both = {"waiting": self._waiting_times, "computing": self._computing_times}
             return {name: (times.within(octaves), times.count, times.sum) for name, times in both.items()}
 

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,10 @@ def gate(purifier: Purifier, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(purifier, monkeypatch)
     yield gate
     gate.open()
+
+
+async def awaited(ticket: Ticket) -> Result:
+    return await ticket
 
 
 def busy(stream: Stream, gate: Gate, frame: Array) -> Any:
@@ -476,17 +481,15 @@ def test_a_lone_frame_is_handed_out_once(
     with purifier.stream(max_delay_ms=0.001) as stream:
         for turn in range(3000):
             assert stream.put(frames[0], source="cam", tag=turn).result().tag == turn
-    assert stream.stats()["frames_out"] == 3000
+    stats = stream.stats()
+    assert stats["frames_out"] == stats["batch_sizes"][1] == 3000
+    assert stats["computing_ms"]["p50"] is not None
     assert not caplog.records
 
 
 @pytest.mark.parametrize("ask", ["callback", "timeout", "exception", "await"])
 def test_a_frame_that_is_asked_for_is_not_left(purifier: Purifier, frames: Array, expected: Array, ask: str) -> None:
     """The thread, which sleeps for minutes here, is woken whichever way the result is asked for."""
-
-    async def wait(ticket: Ticket) -> Result:
-        return await ticket
-
     with purifier.stream(max_delay_ms=60_000) as stream:
         for frame in frames[:3]:
             stream.put(frame).result()
@@ -501,8 +504,71 @@ def test_a_frame_that_is_asked_for_is_not_left(purifier: Purifier, frames: Array
         elif ask == "exception":
             assert ticket.exception(WAIT) is None
         else:
-            asyncio.run(asyncio.wait_for(wait(ticket), WAIT))
+            asyncio.run(asyncio.wait_for(awaited(ticket), WAIT))
         np.testing.assert_array_equal(ticket.result(0).image, expected[7])
+
+
+def called_back(ticket: Ticket) -> Result:
+    seen: list[Result] = []
+    ticket.add_done_callback(lambda done: seen.append(done.result(0)))
+    return seen.pop()
+
+
+LOOKS: dict[str, Callable[[Ticket], Any]] = {
+    "result": lambda ticket: ticket.result(0),
+    "done": lambda ticket: ticket.done() and not ticket.running() and not ticket.cancelled() and ticket._outcome,
+    "exception": lambda ticket: ticket.exception(0) is None and ticket._outcome,
+    "wait": lambda ticket: futures.wait([ticket], 0).done.pop().result(0),
+    "callback": called_back,
+    "await": lambda ticket: asyncio.run(asyncio.wait_for(awaited(ticket), WAIT)),
+    "repr": lambda ticket: "finished" in repr(ticket) and ticket._outcome,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
+def test_a_lone_frames_ticket_is_a_future_as_soon_as_somebody_looks(
+    purifier: Purifier, frames: Array, expected: Array, look: Callable[[Ticket], Any]
+) -> None:
+    with purifier.stream() as stream:
+        wait_until(lambda: stream.put(frames[0]).result() is not None and stream._core.idle)
+        ticket = stream.put(frames[1])
+        result = ticket.result()
+        assert not ticket._made
+        assert look(ticket) is result
+        assert ticket._made
+        assert not hasattr(ticket, "no such thing")
+    np.testing.assert_array_equal(result.image, expected[1])
+
+
+def test_many_look_at_a_ticket_while_its_future_is_made(
+    purifier: Purifier, frames: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits is woken, whether the future or the result was first."""
+    monkeypatch.setattr(purifier._engine, "run", lambda images, out=None: (images.copy(), np.zeros(1, np.float32)))
+    turns, lookers = 300, 6
+    tickets: list[Ticket] = []
+    together = threading.Barrier(lookers)
+    seen: list[list[Result]] = [[] for _ in range(lookers)]
+
+    def look(place: int) -> None:
+        for turn in range(turns):
+            if together.wait(WAIT) == 0:
+                tickets.append(stream.put(frames[0], tag=turn))
+            together.wait(WAIT)
+            ticket = tickets[turn]
+            seen[place].append(ticket.result(None if place % 2 else WAIT))
+            assert ticket.done()
+
+    with purifier.stream() as stream:
+        threads = [threading.Thread(target=look, args=(place,)) for place in range(lookers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+        stats = stream.stats()
+    assert [[result.tag for result in each] for each in seen] == [list(range(turns))] * lookers
+    assert stats["frames_out"] == turns
+    assert adds_up(stream)
 
 
 def test_frames_that_come_while_a_lone_one_is_computed(purifier: Purifier, gate: Gate, frames: Array) -> None:
