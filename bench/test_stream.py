@@ -21,7 +21,7 @@ from defense_vae_fast.stream import Stream
 
 BATCH = 64
 BLOCK = 50
-DELAY = 0.002  # seconds, the stream's default
+DELAY = 0.002  # seconds, the most that a stream has frames wait by default
 LOADS = (0.5, 0.8, 0.95, 2.0)
 SCENES: list[tuple[Arrivals, int]] = [("camera", 1), ("camera", 16), ("camera", 64), ("poisson", 16)]
 SECONDS = 4.0

@@ -70,7 +70,7 @@ class Backlog(Generic[ItemT]):
     Args:
         capacity: most images that may wait; more only in one item that finds the room empty.
         max_batch: most images of a batch; more only in one item.
-        max_delay: seconds that an item may wait for company.
+        max_delay: seconds that an item may wait for company, at most.
         when_full: who gives way when there is no room. "block": nobody, the caller waits; "reject": the new item;
             "drop_oldest": the oldest; "latest": all but the newest of the fullest source at once.
         step: where so many wait, a batch is a multiple of it, and the rest, which is next in turn, waits for another.
@@ -80,7 +80,9 @@ class Backlog(Generic[ItemT]):
         self.max_batch = max_batch
         self.images = 0
         self._capacity = capacity
-        self._max_delay = max_delay
+        self.delay = self._max_delay = max_delay
+        """Seconds that an item may wait for company."""
+        self._alone: float | None = None
         self._when_full = when_full
         self._step = step
         self._sources: dict[Hashable, Source[ItemT]] = {}
@@ -115,7 +117,7 @@ class Backlog(Generic[ItemT]):
         source.images += item.count
         self.images += item.count
         # Half of a deadline is left for the computing; waiting it out would be in vain.
-        self.due = min(self.due, item.since + min(self._max_delay, item.deadline / 2))
+        self.due = min(self.due, item.since + min(self.delay, item.deadline / 2))
         return dropped
 
     def begin(self, item: ItemT, name: Hashable) -> Source[ItemT]:
@@ -130,6 +132,14 @@ class Backlog(Generic[ItemT]):
     def ready(self, now: float, idle: bool) -> bool:
         """Whether a batch should start: there is a full one, somebody's time is up, or the engine has been idle."""
         return self.images > 0 and (idle or self.images >= self.max_batch or now >= self.due)
+
+    def computed_alone(self, seconds: float) -> None:
+        """Have items wait no longer than half of what an image alone takes, of which ``seconds`` is a measurement.
+
+        Company saves an image its share of what a call costs whatever its size, and that is less than half.
+        """
+        self._alone = seconds if self._alone is None else self._alone + (seconds - self._alone) / 8
+        self.delay = min(self._max_delay, self._alone / 2)
 
     def take(self, now: float) -> tuple[list[ItemT], list[ItemT]]:
         """The next batch, and the items on its way whose deadline has passed."""

@@ -188,7 +188,7 @@ class Purifier:
         self,
         *,
         max_batch: int | None = None,
-        max_delay_ms: float = 2.0,
+        max_delay_ms: float | None = None,
         queue: int = 256,
         when_full: WhenFull = "block",
         callback: Callable[[Result], object] | None = None,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     _Part = tuple[Images, Scores] | BaseException
 
 _log = logging.getLogger(__name__)
+_DELAY = 0.002  # seconds, unless another is given
 _LONE_TIMES = 512  # of so many frames computed by their putters the account is made at once
 _making = threading.Lock()  # held while the Future in a Ticket is made
 _CALLBACK_RAISED = "a callback of the stream raised"
@@ -163,7 +164,8 @@ class Stream:
         engine: what computes.
         reader: what reads the frames.
         max_batch: most frames of a batch.
-        max_delay_ms: how long a frame may wait for others to share its batch, in milliseconds.
+        max_delay_ms: how long a frame may wait for others to share its batch, in milliseconds. None: half as long as
+            the engine is seen to take for one frame, and 2 at most; longer makes larger batches, but later results.
         queue: most frames that may wait.
         when_full: what happens to a frame when ``queue`` frames wait. "block": ``put`` waits for room; "reject": it is
             dropped; "drop_oldest": the oldest frame is dropped for it; "latest": all frames but the newest are.
@@ -183,7 +185,7 @@ class Stream:
         reader: ImageReader,
         *,
         max_batch: int,
-        max_delay_ms: float = 2.0,
+        max_delay_ms: float | None = None,
         queue: int = 256,
         when_full: WhenFull = "block",
         callback: Callback | None = None,
@@ -191,14 +193,14 @@ class Stream:
     ) -> None:
         check_count("max_batch", max_batch)
         check_count("queue", queue, 1 << 20)
-        delay = _milliseconds("max_delay_ms", max_delay_ms)
+        delay = _DELAY if max_delay_ms is None else _milliseconds("max_delay_ms", max_delay_ms)
         if when_full not in WHEN_FULL:
             raise ValueError(f"when_full: expected one of {', '.join(map(repr, WHEN_FULL))}, got {when_full!r}")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a function of one Result, got {callback!r}")
         self._read = reader.read
         backlog: Backlog[_Job] = Backlog(queue, max_batch, delay, when_full, engine.batch_step)
-        self._core = _Core(engine, backlog, queue, when_full, callback, iterate, 5 * delay)
+        self._core = _Core(engine, backlog, queue, when_full, callback, iterate, 5 * delay, max_delay_ms is None)
         # The thread holds no reference to this object, so that a forgotten stream ends, after what waits.
         weakref.finalize(self, self._core.end).atexit = False
 
@@ -441,6 +443,7 @@ class _Core:
         callback: Callback | None,
         iterate: bool,
         patience: float,
+        adapts: bool,
     ) -> None:
         self._engine = engine
         self._backlog = backlog
@@ -464,6 +467,7 @@ class _Core:
         # (40 of 80 us). So while putters do that, it wakes by itself, this often, to see whether a frame was left. With
         # ``max_delay`` alone, 2 ms, the waking itself cost 10 to 20 us a frame.
         self._patience = patience
+        self._adapts = adapts  # the delay, to what the engine takes
         self._watching = self._computed_here = False
         self._blocked: deque[object] = deque()  # those who wait for room, in their order
         self._buffers: dict[ImageKind, _Buffers] = {}
@@ -715,6 +719,8 @@ class _Core:
                     self._count_dropped(item.dropped, item.count)
             self._out += out
             self._computing_times.add(taken, out)
+            if self._adapts and len(batch) == out == 1:
+                self._backlog.computed_alone(taken)
             settled = self._backlog.settle(batch)
             if self._engine.closed:
                 self._stop(self._closed_error())

@@ -100,6 +100,27 @@ def test_when_a_batch_is_due() -> None:
     assert queue.ready(20.0, idle=False)
 
 
+def test_nobody_waits_for_company_longer_than_it_can_save() -> None:
+    queue = backlog()
+    queue.computed_alone(0.2)
+    fill(queue, "a", since=10.0)
+    assert not queue.ready(10.09, idle=False)
+    assert queue.ready(10.11, idle=False)
+    queue.take(10.11)
+    for _ in range(100):  # one measurement more or less does not decide
+        queue.computed_alone(0.4)
+    queue.computed_alone(0.2)
+    fill(queue, "a", since=20.0)
+    assert not queue.ready(20.18, idle=False)
+    assert queue.ready(20.21, idle=False)
+    queue.take(20.21)
+    for _ in range(100):
+        queue.computed_alone(60.0)
+    fill(queue, "a", since=30.0)
+    assert not queue.ready(30.99, idle=False)
+    assert queue.ready(31.0, idle=False)  # but never longer than it was told
+
+
 def test_deadlines() -> None:
     queue = backlog()
     [late, *_], _ = fill(queue, "ab", since=0.0, deadline=1.0)

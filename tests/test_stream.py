@@ -240,6 +240,18 @@ def test_a_batch_starts_when_the_oldest_has_waited(purifier: Purifier, gate: Gat
     assert gate.sizes == [1, 2]
 
 
+@pytest.mark.parametrize(("given", "adapts"), [({}, True), ({"max_delay_ms": 2}, False)], ids=["default", "given"])
+def test_the_default_delay_follows_the_engine(
+    given: dict[str, float], adapts: bool, purifier: Purifier, frames: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(purifier._engine, "run", lambda images, out=None: (images.copy(), np.zeros(1, np.float32)))
+    with purifier.stream(callback=lambda _: None, **given) as stream:
+        assert stream._core._backlog.delay == 0.002
+        for frame in frames:
+            stream.put(frame).result()
+        assert (stream._core._backlog.delay < 0.001) == adapts
+
+
 def test_sources_take_turns(purifier: Purifier, gate: Gate, frames: Array) -> None:
     order: list[Any] = []
     with purifier.stream(max_batch=4, queue=32, max_delay_ms=0, callback=lambda r: order.append(r.source)) as stream:
