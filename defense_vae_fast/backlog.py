@@ -136,8 +136,8 @@ class Backlog(Generic[ItemT]):
     def computed_alone(self, seconds: float) -> None:
         """Have items wait no longer than half of what an image alone takes, of which ``seconds`` is a measurement.
 
-        Company saves an image its share of what a call costs whatever its size: on a CPU less than half. An engine
-        on which it is more is so much faster that hardly anybody waits either way.
+        Company saves an image its share of what a call costs whatever its size: less than half on a CPU; on a GPU it is
+        not measured.
         """
         self._alone = seconds if self._alone is None else self._alone + (seconds - self._alone) / 8
         self.delay = min(self._max_delay, self._alone / 2)
