@@ -21,7 +21,7 @@ from training.baselines.adversarial_training import AdversarialSettings
 from training.baselines.magnet import MagNetSettings
 from training.baselines.wgan import GanSettings
 from training.black_box import DEFENSE_GAN, SubstituteSettings, train_substitute
-from training.experiments.cells import FROM_SCRATCH, TABLES, Cell, cells, select
+from training.experiments.cells import FROM_SCRATCH, TABLES, Cell, cells, select, write_record
 from training.experiments.figures import read_curve
 from training.experiments.lab import training_attacks
 from training.experiments.measure import paper_cell
@@ -212,6 +212,22 @@ def test_other_tables(table: str, extra: list[str], world: Path, monkeypatch: py
     else:
         assert records[0]["unit"] == "seconds for 1,000 images"
         assert "(441.81)" in (world / "docs/RESULTS.md").read_text()
+
+
+def test_times_are_compared_with_the_papers(tmp_path: Path) -> None:
+    seconds = {"defense_vae": 2.0, "purifier": 1.25, "defense_gan": 1984.4}
+    for cell in cells("4"):
+        if cell.search in ("", "200x10"):
+            record = {"value": seconds[cell.column], "images": 4, "seed": 0, "device": "cpu", "digests": {}}
+            write_record(
+                cell.path(tmp_path, "quick", 0), cell, {**record, "wall_seconds": 1.0, "training_seconds": 0.0}
+            )
+    write_results(tmp_path / "page.md", tmp_path)
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    assert "| Defense-VAE | **2** (9.03) | **1** (1) |" in lines
+    assert "| the library's Purifier | **1.25** (–) | **0.625** (–) |" in lines
+    assert "| Defense-GAN, L=200 R=10 | **1,984** (441.81) | **992** (48.9) |" in lines
+    assert "| Defense-GAN, L=400 R=20 | not run (1720.13) | not run (190) |" in lines
 
 
 def test_data_that_are_not_here_are_said(world: Path) -> None:

@@ -197,14 +197,25 @@ def _average(entries: list[Entry]) -> str:
 
 
 def _times(some: list[Cell], records: Path, scale: str) -> str:
-    lines = ["| method | seconds here (the paper's Titan Xp) |", "|---|---|"]
-    for cell in some:
+    entries = {cell: entry(cell, records, scale) for cell in some}
+    plain = next(one for cell, one in entries.items() if cell.column == "defense_vae")
+    lines = [
+        "| method | seconds here (the paper's Titan Xp) | times as long as Defense-VAE (the paper's) |",
+        "|---|---|---|",
+    ]
+    for cell, one in entries.items():
         steps, _, starts = cell.search.partition("x")
         name = COLUMN_TITLES[cell.column] + (f", L={steps} R={starts}" if cell.search else "")
-        one = entry(cell, records, scale)
-        ours = NOT_RUN if one.mean is None else f"**{one.mean:.3g}**"
-        lines.append(f"| {name} | {ours} ({_number(one.paper)}) |")
+        ours = NOT_RUN if one.mean is None else f"**{_figures(one.mean)}**"
+        ratio = NOT_RUN if one.mean is None or plain.mean is None else f"**{_figures(one.mean / plain.mean)}**"
+        paper = "–" if one.paper is None or plain.paper is None else _figures(one.paper / plain.paper)
+        lines.append(f"| {name} | {ours} ({_number(one.paper)}) | {ratio} ({paper}) |")
     return "\n".join(lines) + "\n"
+
+
+def _figures(value: float) -> str:
+    """Three figures, or all in front of the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _footnote(some: list[Cell], found: list[dict[str, Any]], records: Path, scale: str) -> str:
