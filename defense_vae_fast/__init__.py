@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from defense_vae_fast.architecture import VAEConfig
-    from defense_vae_fast.checkpoint import CheckpointError, list_pretrained
+    from defense_vae_fast.checkpoint import CheckpointError, list_pretrained, pretrained_classifier
     from defense_vae_fast.engines.base import EngineUnavailable
     from defense_vae_fast.purifier import Purifier
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "EngineUnavailable", "Purifier", "VAEConfig", "__version__", "list_pretrained"]
+__all__ = [
+    "CheckpointError",
+    "EngineUnavailable",
+    "Purifier",
+    "VAEConfig",
+    "__version__",
+    "list_pretrained",
+    "pretrained_classifier",
+]
 
 # Importing the package costs nothing; NumPy and the rest come with the first name used (PEP 562).
 _HOMES = {
@@ -27,6 +35,7 @@ _HOMES = {
     "Purifier": "purifier",
     "VAEConfig": "architecture",
     "list_pretrained": "checkpoint",
+    "pretrained_classifier": "checkpoint",
 }
 
 

@@ -93,8 +93,47 @@ class Checkpoint:
 
 
 def list_pretrained() -> tuple[str, ...]:
-    """Names of the checkpoints that come with the library, for ``Purifier.from_pretrained``."""
+    """Names of the checkpoints that come with the library, for ``Purifier.from_pretrained``; NAME-e2e is a variant."""
     return tuple(sorted(path.stem for path in WEIGHTS_FOLDER.glob("*.safetensors")))
+
+
+def variant_name(name: str | os.PathLike[str], variant: str) -> str:
+    """The shipped name of a checkpoint's variant: ``fashion_mnist-e2e`` for ``fashion_mnist`` and ``e2e``.
+
+    Raises:
+        FileNotFoundError: no such checkpoint with such a variant comes with the library.
+    """
+    names = list_pretrained()
+    found = f"{os.fspath(name)}-{variant}"
+    if found not in names:
+        with_variants = ", ".join(one for one in names if "-" in one) or "none"
+        raise FileNotFoundError(
+            f"checkpoint {os.fspath(name)!r}: expected a shipped name that has a variant {variant!r}, got none; "
+            f"names with their variants: {with_variants}"
+        )
+    return found
+
+
+def pretrained_classifier(name: str, variant: str | None = None) -> Path:
+    """The classifier that a shipped purifier was measured with, as an ONNX file for OpenVINO, ONNX Runtime or export.
+
+    Input ``images`` uint8 (N, H, W, C), output ``logits`` float32 (N, classes). Without a variant it is one of those
+    that the purifier was trained to protect, and knows nothing of it; with ``e2e`` the one that learnt with that
+    variant's purifier (equation 5) and belongs to it alone.
+
+    Args:
+        name: a name of :func:`list_pretrained`.
+        variant: as in ``Purifier.from_pretrained``.
+
+    Raises:
+        FileNotFoundError: there is no such name or variant, or no classifier comes with it.
+    """
+    path = WEIGHTS_FOLDER / f"{variant_name(name, variant) if variant else name}_classifier.onnx"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"classifier of {name!r}: expected the file {path}, found none; install the package again"
+        )
+    return path
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:

@@ -124,9 +124,7 @@ def load_classifier() -> Callable[[Array], Array]:
     """The packaged classifier: uint8 (N, H, W, C) to (N,) predicted classes."""
     import openvino
 
-    path = checkpoint.WEIGHTS_FOLDER / f"{PRETRAINED}_classifier.onnx"
-    if not path.is_file():
-        raise FileNotFoundError(f"expected the demo's classifier at {path}, found none; install the package again")
+    path = checkpoint.pretrained_classifier(PRETRAINED)
     model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def classify(images: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from defense_vae_fast import __version__, regions_on_gpu
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.backlog import WhenFull
-from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint
+from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint, variant_name
 from defense_vae_fast.engines import device_arrays, label, select
 from defense_vae_fast.engines.base import DEFAULT_MAX_BATCH, EngineUnavailable
 from defense_vae_fast.images import ImageReader
@@ -100,6 +100,7 @@ class Purifier:
         cls,
         name_or_path: str | os.PathLike[str],
         *,
+        variant: str | None = None,
         engine: str = "auto",
         precision: str = "auto",
         device: str = "auto",
@@ -108,13 +109,19 @@ class Purifier:
     ) -> Purifier:
         """Load a shipped checkpoint by name (see :func:`~defense_vae_fast.list_pretrained`), or one's own by path.
 
-        The options are those of the class.
+        Args:
+            name_or_path: the name or the path.
+            variant: of a shipped name: ``e2e`` is the purifier that learnt together with its classifier (equation 5),
+                which :func:`~defense_vae_fast.pretrained_classifier` gives. For your own classifier take none.
+            engine, precision, device, max_batch, streams: those of the class.
 
         Raises:
-            FileNotFoundError: there is no such file or shipped name.
+            FileNotFoundError: there is no such file, shipped name or variant.
             CheckpointError: the file is damaged, hostile, or not a Defense-VAE checkpoint.
             ValueError, EngineUnavailable: as the class.
         """
+        if variant is not None:
+            name_or_path = variant_name(name_or_path, variant)
         return cls(
             load_checkpoint(name_or_path),
             engine=engine,

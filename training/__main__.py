@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from defense_vae_fast import Purifier
@@ -314,6 +315,50 @@ def demo_data(dataset: str, name: str, data: Path | None) -> None:
 
     loaded = load_dataset(dataset, data)
     write_demo_data(loaded, pool.shipped(name, loaded, find_device("cpu")), WEIGHTS_FOLDER)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--name", default="A", help="The attacked classifier of the run, one of Table 5's.")
+@click.option("--variant", default="e2e", help="What it is called.")
+@data_option
+@click.option("--images", type=COUNT, help="Only the first so many validation and test images.")
+@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Folder of attacked images.")
+@device_option
+def variant(
+    dataset: str, run: Path, name: str, variant: str, data: Path | None, images: int | None, keep: Path | None,
+    device: str,
+) -> None:  # fmt: skip
+    """Release the purifier and classifier of RUN, a folder of 'finetune', as a variant of DATASET's shipped purifier.
+
+    That is done only if they are better on validation images. Both are measured on test images, too, for the header,
+    and int8 scales are added as by 'quantize'.
+
+    \b
+    Example:
+      python -m training variant fashion_mnist runs/fashion_mnist-e2e
+    """
+    from training.quantize import quantize as scales
+    from training.variant import release
+
+    where, loaded = find_device(device), load_dataset(dataset, data)
+    released = release(
+        loaded, name, pool.shipped(name, loaded, where), load_checkpoint(loaded.name), run, WEIGHTS_FOLDER,
+        variant=variant, images=images, device=where, keep=keep,
+    )  # fmt: skip
+    for title, rows in (
+        ("validation, attacks away from predicted labels", released.validation),
+        *((f"test, attacks away from {labels} labels", rows) for labels, rows in released.test.items()),
+    ):
+        table = Table("attack", *released.columns, title=title)
+        for attack, values in rows.items():
+            table.add_row(attack, *(f"{value:.2f}" for value in values))
+        Console().print(table)
+    path = WEIGHTS_FOLDER / f"{released.name}.safetensors"
+    judges = {f"{name}, trained with it": released.classifier}
+    save_checkpoint(path, scales(load_checkpoint(path), loaded, judges, device=where, console=Console()))
+    click.echo(f"{path} and its classifier")
 
 
 for command in (*defence_commands.COMMANDS, *table_commands.COMMANDS, *card_commands.COMMANDS):
