@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from defense_vae_fast import Purifier, list_pretrained, pretrained_classifier
 from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from defense_vae_fast.nn.model import DefenseVAE
+from training.__main__ import cli
 from training.attacks import FGSM
 from training.data import Dataset, Split
 from training.finetune import FinetuneSettings, finetune
@@ -29,10 +30,10 @@ Run = Callable[[Checkpoint, int], Path]
 
 
 @pytest.fixture(scope="module")
-def dataset(demo_images: tuple[Tensor, Tensor]) -> Dataset:
+def dataset(demo_images: tuple[Tensor, Tensor], real: Checkpoint) -> Dataset:
     images, labels = demo_images
     train, validation, test = (Split(images[a:b], labels[a:b]) for a, b in ((0, 300), (300, 350), (400, 500)))
-    return Dataset("fashion_mnist", train, validation, test, class_names=tuple(map(str, range(10))))
+    return Dataset("fashion_mnist", train, validation, test, class_names=tuple(real.recipe["class_names"]))
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +142,21 @@ def test_a_pair_that_is_no_better_is_not_written(
     assert [path.name for path in weights.iterdir()] == ["fashion_mnist.safetensors"]
 
 
-def test_the_command_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
-    from training.__main__ import cli
-
-    result = CliRunner().invoke(cli, ["variant", "fashion_mnist", str(tmp_path / "none")])
-    assert result.exit_code == 2
-    assert "does not exist" in result.output
+def test_the_command_adds_int8_scales(
+    dataset: Dataset, run: Run, real: Checkpoint, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.__main__.load_dataset", lambda *_: dataset)
+    monkeypatch.setattr("training.__main__.WEIGHTS_FOLDER", weights)
+    options = ["--name", "D", "--images", "40", "--device", "cpu"]
+    result = CliRunner().invoke(cli, ["variant", "fashion_mnist", str(run(real, 2)), *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    for title in ("validation, attacks away from predicted", "test, attacks away from true", "test, attacks away from"):
+        assert title in result.output
+    known = load_checkpoint("fashion_mnist-e2e").quantization
+    assert known is not None
+    assert list(known.accuracies["cells"]) == ["D, trained with it"]
+    with Purifier.from_pretrained("fashion_mnist", variant="e2e", engine="openvino", precision="int8") as purifier:
+        assert purifier.info()["precision"] == "int8"
 
 
 @pytest.mark.parametrize(("name", "variant"), [("fashion_mnist", "rec"), ("mine.safetensors", "e2e")])
