@@ -150,7 +150,11 @@ def test_the_command_adds_int8_scales(
     options = ["--name", "D", "--images", "40", "--device", "cpu"]
     result = CliRunner().invoke(cli, ["variant", "fashion_mnist", str(run(real, 2)), *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    for title in ("validation, attacks away from predicted", "test, attacks away from true", "test, attacks away from"):
+    for title in (
+        "validation, attacks away from predicted",
+        "test, attacks away from true",
+        "test, attacks away from predicted",
+    ):
         assert title in result.output
     known = load_checkpoint("fashion_mnist-e2e").quantization
     assert known is not None

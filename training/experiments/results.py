@@ -47,9 +47,9 @@ number.
 Attacks are *oblivious*: made on the bare classifier (for adversarial training on the trained one), without knowledge
 of what stands in front of it. They say nothing about an attacker who knows. Rows "clean" show what a defence costs
 where there is no attack; the paper does not have them. REC and E2E answer with a classifier of their own, and are
-attacked through the one that it was trained from, as in the paper; an attacker who has the new one
-[does more harm](EXPERIMENTS.md#a-pair-as-a-variant-of-the-shipped-purifier). Classifiers are trained by our recipe and
-are not the paper's: compare a defence with the column "no attack" of the same page too.
+attacked through the one that it was trained from, as in the paper; an attacker who had the new one
+[did more harm](EXPERIMENTS.md#a-pair-as-a-variant-of-the-shipped-purifier) where that was tried. Classifiers are
+trained by our recipe and are not the paper's: compare a defence with the column "no attack" of the same page too.
 
 Under the mean, FGSM once more, away from what the classifier *predicts* instead of from the true label. A single step
 away from the true label carries that label in its pattern of signs, and whoever is trained on such images can learn to
