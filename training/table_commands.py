@@ -31,7 +31,9 @@ runs_option = click.option(
 @scale_option
 @click.option("--seed", type=click.IntRange(min=0), help="This seed instead of the scale's own.")
 @click.option("--dataset", help="Only this data set's cells.")
-@click.option("--column", help="Only this column's cells, such as defense_vae_rec.")
+@click.option(
+    "--column", "columns", multiple=True, help="Only this column's cells, such as defense_vae_rec; may be given again."
+)
 @click.option("--attack", help="Only this attack's cells.")
 @click.option("--classifier", help="Only this classifier's cells.")
 @click.option("--substitute", help="Only this substitute's cells.")
@@ -49,7 +51,7 @@ runs_option = click.option(
 @data_option
 @device_option
 def table_command(
-    number: str, scale: str, seed: int | None, dataset: str | None, column: str | None, attack: str | None,
+    number: str, scale: str, seed: int | None, dataset: str | None, columns: tuple[str, ...], attack: str | None,
     classifier: str | None, substitute: str | None, search: str | None, again: bool, records: Path, page: Path,
     runs: Path, data: Path | None, device: str,
 ) -> None:  # fmt: skip
@@ -68,16 +70,20 @@ def table_command(
     Examples:
       python -m training table 1
       python -m training table 1 --scale cpu --dataset mnist --classifier A
-      python -m training table 3 --scale cpu --column defense_vae
+      python -m training table 3 --scale cpu --column defense_vae --column defense_vae_rec
     """
     from training.experiments.lab import Lab, NotAvailable, Stopped
     from training.experiments.measure import run_cell
 
     chosen = SCALES[scale]
-    wanted = select(
-        cells(number), dataset=dataset, column=column, attack=attack, classifier=classifier, substitute=substitute,
-        search=search,
-    )  # fmt: skip
+    wanted = [
+        cell
+        for column in columns or (None,)
+        for cell in select(
+            cells(number), dataset=dataset, column=column, attack=attack, classifier=classifier, substitute=substitute,
+            search=search,
+        )
+    ]  # fmt: skip
     where = find_device(device)
     missing: dict[str, None] = {}
     stopped = False
