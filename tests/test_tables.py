@@ -280,3 +280,12 @@ def test_recipes_of_a_scale() -> None:
     assert scale.recipe("mnist", "C", 0).images == usual.images
     assert SCALES["paper"].recipe("celeba", "A", 0).images == 20_000
     assert SCALES["paper"].recipe("cifar10_jpeg", "A", 0).images == 0
+
+
+def test_finetuning_weighs_the_classifier_by_data_set() -> None:
+    """Lambda is MNIST's own there, everything else the scale's."""
+    scale = SCALES["cpu"]
+    usual, own = scale.finetuning("fashion_mnist", 3), scale.finetuning("mnist", 3)
+    assert (usual.classifier_weight, own.classifier_weight, own.seed) == (5.0, 40.0, 3)
+    assert own == replace(usual, classifier_weight=40.0)
+    assert usual == replace(scale.e2e, seed=3)

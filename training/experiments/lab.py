@@ -198,7 +198,7 @@ class Lab:
             digests = {**digests, "checkpoint": purifier_digest, "classifier": weights_digest(student)}
             return Made(defense_vae(attacked, vae, student, column), seconds, digests, settings)
         from_scratch = column == FROM_SCRATCH
-        e2e = replace(self.scale.e2e, seed=self.seed, from_scratch=from_scratch)
+        e2e = replace(self.scale.finetuning(dataset, self.seed), from_scratch=from_scratch)
         start = attacked
         if from_scratch:
             # At least as many passes as the purifier and both trainings after it have in all.

@@ -29,7 +29,7 @@ class Scale:
         purifier: the purifier's recipe: the paper's pairs and loss.
         trained_batch: pairs a step of ``rec`` and ``e2e``.
         rec: how the classifier is retrained.
-        e2e: how both are trained together, from the purifier and the retrained classifier.
+        e2e: how both are trained together, from the purifier and the retrained classifier; lambda differs by data set.
         gan: how Defense-GAN's generator is trained.
         search: Defense-GAN's L and R.
         magnet: how MagNet's autoencoders are trained.
@@ -65,7 +65,14 @@ class Scale:
         most = _MOST_IMAGES.get(dataset)
         return replace(recipe, images=min(recipe.images or most, most)) if most else recipe
 
+    def finetuning(self, dataset: str, seed: int) -> FinetuneSettings:
+        """How purifier and classifier are trained together on a data set."""
+        weight = _CLASSIFIER_WEIGHT.get(dataset, self.e2e.classifier_weight)
+        return replace(self.e2e, seed=seed, classifier_weight=weight)
 
+
+# Lambda of equation 5 where it is not FinetuneSettings' own; docs/EXPERIMENTS.md has the figures that it was chosen by.
+_CLASSIFIER_WEIGHT = {"mnist": 40.0}
 # Thirteen copies of every 64x64 image must fit into memory: 20,000 images are 3.2 GB of pairs.
 _MOST_IMAGES = {"celeba": 20_000}
 _QUICK, _PAPER = PRESETS["quick"], PRESETS["paper"]
