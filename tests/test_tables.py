@@ -211,6 +211,12 @@ def test_other_tables(table: str, extra: list[str], world: Path, monkeypatch: py
             (name, replace(usual, period=period, kept=kept))
             for name in ("B", "E") for period, kept in ((usual.period, usual.kept), (3, False))
         ]  # fmt: skip
+        run("table", table, *chosen, "--column", "no_defense", "--again")  # with the kept substitutes
+        assert len(trained) == 4
+        for record in (one for one in records if one["column"] == "no_defense"):
+            path = world / f"docs/results/tables/quick/table3/mnist-fgsm-D-{record['substitute']}-no_defense-seed0.json"
+            again = json.loads(path.read_text())
+            assert all(again[key] == record[key] for key in ("value", "substitute_as_printed"))
     else:
         assert records[0]["unit"] == "seconds for 1,000 images"
         assert "(441.81)" in (world / "docs/RESULTS.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from training.finetune import finetune
 from training.fit import CHECKPOINT_FILE, STATE_FILE, fit
 from training.pairs import PairSource, TablePairs
 from training.retrain import CLASSIFIER_FILE, retrain
-from training.train_classifier import load_weights, weights_digest
+from training.train_classifier import load_classifier, load_weights, save_classifier, weights_digest
 
 FINISHED_FILE = "finished.json"
 _KINDS: dict[str, type] = {"fgsm": FGSM, "rand_fgsm": RandFGSM, "cw": CarliniWagnerL2}
@@ -289,17 +290,29 @@ class Lab:
                 settings = replace(settings, period=SubstituteSettings.period, kept=SubstituteSettings.kept)
             own, rest = split_off(test, settings)
             split = rest.first(count)
-            trained = self._once(
-                "substitute", dataset, substitute, settings, weights_digest(defence.attacked),
-                make=lambda: train_substitute(
-                    substitute, partial(predict, defence.attacked), own.images, self.dataset(dataset).classes, settings
-                ),
-            )  # fmt: skip
+            trained = self._substitute(substitute, defence.attacked, self.dataset(dataset), own, settings)
             return self._attack(PAPER_TEST_ATTACKS[attack], trained, split, f"{attack} through {substitute}", True)
         split = test.first(count)
         if attack == "clean":
             return split
         return self._attack(PAPER_TEST_ATTACKS[attack], defence.attacked, split, attack, predicted)
+
+    def _substitute(
+        self, name: str, attacked: nn.Module, data: Dataset, own: Split, settings: SubstituteSettings
+    ) -> nn.Module:
+        """A substitute of a classifier, kept under a digest of all that decides it."""
+        decisive = {
+            **asdict(settings), "name": name, "data": data.digest, "layers": repr(attacked),
+            "attacked": weights_digest(attacked),
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        path = self.runs / "substitutes" / f"{digest}.safetensors"
+        if not path.exists():
+            trained = train_substitute(name, partial(predict, attacked), own.images, data.classes, settings)
+            _, channels, size, _ = own.images.shape
+            header = {**decisive, "channels": channels, "image_size": size, "classes": data.classes}
+            save_classifier(path, name, trained, header, half=False)
+        return load_classifier(path, self.device)[0]
 
     def _attack(self, attack: Attack, network: nn.Module, split: Split, title: str, predicted: bool) -> Split:
         made = attacked_images(
