@@ -69,7 +69,7 @@ def main() -> None:
     count = parser.parse_args().images
     if count % COLUMNS or not 0 < count <= 500:
         parser.error(f"--images: expected a multiple of {COLUMNS} up to 500, got {count}")
-    samples, classify = load_samples(), load_classifier()
+    samples, classify = load_samples("fashion_mnist"), load_classifier("fashion_mnist")
     with Purifier.from_pretrained("fashion_mnist") as purifier:
         measured = {key: rows(purifier, samples.images[key][:count]) for key in TITLES}
 

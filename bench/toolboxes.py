@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--classifier", default="D", help="A, B, C, D, residual ...: training/weights/fashion_mnist_*")
     options = parser.parse_args()
-    samples = load_samples()
+    samples = load_samples("fashion_mnist")
     images = torch.from_numpy(samples.images["clean"][: options.images]).permute(0, 3, 1, 2).float() / 255
     labels = torch.from_numpy(samples.labels[: options.images].astype(np.int64))
     classifier = load_classifier(_WEIGHTS / f"fashion_mnist_{options.classifier}.safetensors")[0].eval()

@@ -176,30 +176,34 @@ def main(context: click.Context) -> None:
     epilog=f"""\b
 Examples:
   {PROGRAM} demo
-  {PROGRAM} demo --output sheets/today.png""",
+  {PROGRAM} demo mnist --output sheets/today.png""",
 )
+@click.argument("dataset", default="fashion_mnist")
 @click.option(
     "--output", "-o", type=_Path(dir_okay=False), default=Path("purified.png"), show_default=True,
     help="The contact sheet; an older one is replaced.",
 )  # fmt: skip
 @_engine
 @_debug
-def demo(output: Path, engine: str) -> None:
-    """Purify attacked Fashion-MNIST test images that come with the library.
+def demo(dataset: str, output: Path, engine: str) -> None:
+    """Purify attacked test images of DATASET, fashion_mnist or mnist, that come with the library.
 
     Prints the shipped classifier's accuracy before and after purification and the time per image, and writes a contact
     sheet. Needs no network, no PyTorch and no GPU.
     """
     from defense_vae_fast import demo as work
 
-    _print_demo(work.run(output, engine=engine))
+    _print_demo(work.run(output, dataset, engine=engine))
 
 
 def _print_demo(result: Result) -> None:
     from rich.table import Table
 
+    from defense_vae_fast.demo import DATASETS
+
     console = _console()
-    table = Table(title="Fashion-MNIST test images: accuracy of the shipped classifier", title_justify="left")
+    title = f"{DATASETS[result.dataset]} test images: accuracy of the shipped classifier"
+    table = Table(title=title, title_justify="left")
     table.add_column("images")
     for heading in ("number", "as they are", "purified"):
         table.add_column(heading, justify="right")

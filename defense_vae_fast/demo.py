@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-PRETRAINED = "fashion_mnist"
+# Data sets whose purifier, classifier and attacked images come with the library, and what they are called.
+DATASETS = {"fashion_mnist": "Fashion-MNIST", "mnist": "MNIST"}
 # Key in the packaged file -> what tables and pictures call it; the first is no attack.
 TITLES = {"clean": "clean", "fgsm": "FGSM 0.3", "rand_fgsm": "RAND-FGSM 0.3", "cw": "CW-L2"}
 COLUMNS_PER_ATTACK = 4
@@ -63,36 +64,41 @@ class Result:
     """Everything that the command prints.
 
     Attributes:
+        dataset: name of the data set.
         rows: a line for clean images and one for each attack.
         latencies: median seconds per image by batch size.
         info: the purifier's own account of itself.
         sheet: where the picture was written.
     """
 
+    dataset: str
     rows: tuple[Row, ...]
     latencies: Mapping[int, float]
     info: Mapping[str, Any]
     sheet: Path
 
 
-def run(output: Path, *, engine: str = "auto") -> Result:
+def run(output: Path, dataset: str = "fashion_mnist", *, engine: str = "auto") -> Result:
     """Purify the packaged samples, measure, and write the contact sheet.
 
     Args:
         output: where the picture goes; the suffix says the format. An older picture is replaced.
+        dataset: one of :data:`DATASETS`.
         engine: as in ``Purifier.from_pretrained``.
 
     Raises:
-        ValueError: the suffix of ``output`` is not that of an image.
+        ValueError: no such data set comes with the library, or the suffix of ``output`` is not that of an image.
         FileNotFoundError: the installation lacks the packaged samples, classifier or purifier.
         EngineUnavailable: the engine does not work on this machine.
     """
     from defense_vae_fast.purifier import Purifier
 
+    if dataset not in DATASETS:
+        raise ValueError(f"demo: expected one of {', '.join(DATASETS)}, got {dataset!r}")
     contact_sheet.check_suffix(output)
-    samples = load_samples()
-    classify = load_classifier()
-    with Purifier.from_pretrained(PRETRAINED, engine=engine) as purifier:
+    samples = load_samples(dataset)
+    classify = load_classifier(dataset)
+    with Purifier.from_pretrained(dataset, engine=engine) as purifier:
         purified = {key: purifier(images) for key, images in samples.images.items()}
         latencies = {batch: median_latency(purifier, samples.images["clean"], batch) for batch in (1, 64)}
         info = purifier.info()
@@ -103,12 +109,12 @@ def run(output: Path, *, engine: str = "auto") -> Result:
         for key, title in TITLES.items()
     )
     contact_sheet.write(output, _groups(samples, purified, before, after), title=SHEET_TITLE, note=SHEET_NOTE)
-    return Result(rows, latencies, info, output)
+    return Result(dataset, rows, latencies, info, output)
 
 
-def load_samples() -> Samples:
-    """The packaged test images."""
-    path = checkpoint.WEIGHTS_FOLDER / f"{PRETRAINED}_demo.npz"
+def load_samples(dataset: str) -> Samples:
+    """The packaged test images of a data set."""
+    path = checkpoint.WEIGHTS_FOLDER / f"{dataset}_demo.npz"
     if not path.is_file():
         raise FileNotFoundError(f"expected the demo's images at {path}, found none; install the package again")
     with np.load(path, allow_pickle=False) as archive:
@@ -120,11 +126,11 @@ def load_samples() -> Samples:
         )
 
 
-def load_classifier() -> Callable[[Array], Array]:
-    """The packaged classifier: uint8 (N, H, W, C) to (N,) predicted classes."""
+def load_classifier(dataset: str) -> Callable[[Array], Array]:
+    """The packaged classifier of a data set: uint8 (N, H, W, C) to (N,) predicted classes."""
     import openvino
 
-    path = checkpoint.pretrained_classifier(PRETRAINED)
+    path = checkpoint.pretrained_classifier(dataset)
     model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def classify(images: Array) -> Array:

@@ -620,7 +620,7 @@ def test_demo_prints_its_table_and_draws_the_sheet(tmp_path, monkeypatch, stand_
     assert picture.shape[0] > 3 * 112
     assert picture.shape[1] > 12 * 112
     # The first column's original is there, pixel for pixel, framed by how the classifier takes it.
-    samples = demo.load_samples()
+    samples = demo.load_samples("fashion_mnist")
     first = demo.choose_columns(samples.labels, 12)[0]
     tile = samples.images["clean"][first][:, :, 0].repeat(4, 0).repeat(4, 1)
     colored = picture.max(axis=2) - picture.min(axis=2) > 40
@@ -658,12 +658,13 @@ def test_demo_says_which_packaged_file_is_missing(tmp_path, stand_in, suffix, pa
     assert_one_line_error(run("demo", "-o", tmp_path / "x.png"), part)
 
 
-def test_demo_of_the_installed_package_needs_no_torch_and_ten_seconds(tmp_path):
+@pytest.mark.parametrize("dataset", demo.DATASETS)
+def test_demo_of_the_installed_package_needs_no_torch_and_ten_seconds(tmp_path, dataset):
     package_folder = str(Path(defense_vae_fast.__file__).parents[1])
     began = os.times()
     done = subprocess.run(
-        [sys.executable, "-c", BLOCK_TORCH, "demo"], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60,
-        check=False, env={**os.environ, "PYTHONPATH": package_folder, "PYTHONIOENCODING": "utf-8"},
+        [sys.executable, "-c", BLOCK_TORCH, "demo", dataset], cwd=tmp_path, capture_output=True, encoding="utf-8",
+        timeout=60, check=False, env={**os.environ, "PYTHONPATH": package_folder, "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ended = os.times()
@@ -672,7 +673,7 @@ def test_demo_of_the_installed_package_needs_no_torch_and_ten_seconds(tmp_path):
     most = 10 if "avx512f" in Path("/proc/cpuinfo").read_text() else 16
     assert ended.children_user + ended.children_system - began.children_user - began.children_system < most
     assert (tmp_path / "purified.png").is_file()
-    samples = demo.load_samples()
+    samples = demo.load_samples(dataset)
     assert len(samples.labels) >= 500
     accuracies = {
         cells[1].strip(): [float(cell.strip(" %")) for cell in cells[2:5]]

@@ -186,7 +186,7 @@ def test_attacked_images_that_move_over_a_background(tmp_path: Path, scene: Scen
     assert "90 regions" in result.stdout
     assert "read as grey, and written so" in result.stderr
 
-    classify = demo.load_classifier()
+    classify = demo.load_classifier("fashion_mnist")
     accuracy = {
         path: float((classify(scene.crops(path)[..., None]) == scene.labels).mean()) for path in (scene.attacked, out)
     }
