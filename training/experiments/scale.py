@@ -94,7 +94,7 @@ SCALES: dict[str, Scale] = {
         ),
         # 6,000 steps of 16 at 3e-4 gave 1.5 to 3 points less on validation images of Fashion-MNIST, classifier A.
         trained_batch=64, rec=RetrainSettings(steps=4000, learning_rate=1e-3), e2e=FinetuneSettings(steps=1000),
-        gan=GanSettings(steps=4_000), search=(200, 10), magnet=MagNetSettings(epochs=10),
+        gan=GanSettings(steps=4_000), search=(200, 10), magnet=MagNetSettings(),
         adversarial=AdversarialSettings(epochs=2), substitute=DEFENSE_GAN, timed_images=4,
         # With 20,000 images, each twice, it was 1.6 points below the paper's under RAND-FGSM.
         other={
