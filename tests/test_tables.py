@@ -238,6 +238,22 @@ def test_times_are_compared_with_the_papers(tmp_path: Path) -> None:
     assert "| Defense-GAN, L=400 R=20 | not run (1720.13) | not run (190) |" in lines
 
 
+def test_what_detectors_turn_away_is_said(tmp_path: Path) -> None:
+    """Of attacked images alone, and of defences that have detectors."""
+    common = {"images": 10, "device": "cpu", "seed": 0, "digests": {}, "training_seconds": 1.0, "wall_seconds": 1.0}
+    handled = {("magnet", "fgsm"): (97.0, 98.5), ("magnet", "cw"): (45.0, 51.0), ("magnet", "clean"): (0.5, 99.0),
+               ("defense_vae", "fgsm"): (0.0, 90.0)}  # fmt: skip
+    for cell in cells("1"):
+        if cell.dataset == "mnist" and cell.classifier == "A" and (cell.column, cell.attack) in handled:
+            rejected, right = handled[cell.column, cell.attack]
+            record = {**common, "value": 9.0, "rejected": rejected, "right_or_rejected": right}
+            write_record(cell.path(tmp_path, "cpu", 0), cell, record)
+    write_results(tmp_path / "RESULTS.md", tmp_path)
+    sentences = (tmp_path / "RESULTS.md").read_text().split("Under attack ")[1:]
+    assert sentences[0].startswith("74.75 % are right or turned away by the detectors of MagNet (mean of 2 cells).")
+    assert len(sentences) == 1
+
+
 def test_data_that_are_not_here_are_said(world: Path) -> None:
     result = run("table", "7", "--dataset", "celeba", "--classifier", "A", "--attack", "fgsm")
     assert "celeba: expected img_align_celeba" in result.output

@@ -50,6 +50,8 @@ where there is no attack; the paper does not have them. REC and E2E answer with 
 attacked through the one that it was trained from, as in the paper; an attacker who had the new one
 [did more harm](EXPERIMENTS.md#a-pair-as-a-variant-of-the-shipped-purifier) where that was tried. Classifiers are
 trained by our recipe and are not the paper's: compare a defence with the column "no attack" of the same page too.
+MagNet's figures are of the answers alone, as the paper's are; how many of the attacked images its detectors turn away
+stands under the table.
 
 Under the mean, FGSM once more, away from what the classifier *predicts* instead of from the true label. A single step
 away from the true label carries that label in its pattern of signs, and whoever is trained on such images can learn to
@@ -235,5 +237,18 @@ def _footnote(some: list[Cell], found: list[dict[str, Any]], records: Path, scal
     return (
         f"Test images: {images}. Seeds: {seeds}. Device: {devices}. Measuring took "
         f"{sum(float(record['wall_seconds']) for record in found) / 60:.1f} minutes; the longest training behind a "
-        f"cell {max(trained.values()) / 60:.1f} minutes.\n"
+        f"cell {max(trained.values()) / 60:.1f} minutes.{_turned_away(found)}\n"
+    )
+
+
+def _turned_away(found: list[dict[str, Any]]) -> str:
+    """What defences with detectors reach where an attacked image that is turned away counts as handled."""
+    handled: dict[str, list[float]] = {}
+    for record in found:
+        if record["attack"] != "clean" and record.get("rejected"):
+            handled.setdefault(record["column"], []).append(float(record["right_or_rejected"]))
+    return "".join(
+        f" Under attack {statistics.fmean(values):.2f} % are right or turned away by the detectors of "
+        f"{COLUMN_TITLES[column]} (mean of {len(values)} cells)."
+        for column, values in handled.items()
     )
