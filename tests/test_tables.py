@@ -125,11 +125,10 @@ def test_attacks_of_table_2() -> None:
 
 def test_a_table_is_run_once_and_every_cell_is_measured_again_by_its_own_command(world: Path) -> None:
     chosen = ["--dataset", "mnist", "--classifier", "D"]
-    first = run("table", "1", *chosen)
-    assert "no pooled purifier of mnist" in first.output
+    run("table", "1", *chosen)
     records = sorted((world / "docs/results/tables/quick/table1").glob("*.json"))
-    # Four attacks (clean among them) for six defences, three for the two columns without any.
-    assert len(records) == 4 * 6 + 3 * 2
+    # Four attacks (clean among them) for seven defences, three for the two columns without any.
+    assert len(records) == 4 * 7 + 3 * 2
     by_name = {path.stem: json.loads(path.read_text()) for path in records}
     record = by_name["mnist-fgsm-D-defense_vae_rec-seed0"]
     assert record["images"] == 40
@@ -163,9 +162,20 @@ def test_a_table_is_run_once_and_every_cell_is_measured_again_by_its_own_command
     assert f"**{record['away_from_prediction']:.2f}**" in leaking[0]
     assert {name for name, one in by_name.items() if "away_from_prediction" in one} == {
         f"mnist-fgsm-D-{column}-seed0"
-        for column in ("defense_vae", "defense_vae_rec", "defense_vae_e2e", "adv_training")
+        for column in ("defense_vae", "defense_vae_rec", "defense_vae_e2e", "adv_training", "pooled")
     }
     assert "CelebA" in page
+
+
+@pytest.mark.usefixtures("world")
+def test_a_purifier_that_does_not_come_with_the_library_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.experiments.lab.list_pretrained", lambda: ("fashion_mnist",))
+    chosen = ["--dataset", "mnist", "--classifier", "D", "--column", "pooled", "--attack", "clean"]
+    result = run("table", "1", *chosen, "--records", str(tmp_path / "records"), "--page", str(tmp_path / "page.md"))
+    assert "no pooled purifier of mnist comes with the library" in result.output
+    assert not (tmp_path / "records").exists()
 
 
 def test_a_second_seed_gives_a_spread(world: Path) -> None:
