@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,11 @@ from training.experiments.cells import FROM_SCRATCH, TABLES, Cell, cells, select
 from training.experiments.figures import read_curve
 from training.experiments.lab import training_attacks
 from training.experiments.measure import paper_cell
+from training.experiments.once import train_once
 from training.experiments.results import write_results
 from training.experiments.scale import SCALES
 from training.finetune import FinetuneSettings
+from training.fit import STATE_FILE
 from training.paper import paper_rows, paper_value
 from training.retrain import RetrainSettings
 
@@ -276,6 +279,23 @@ def test_runs_made_with_other_settings_are_not_taken(world: Path, monkeypatch: p
     monkeypatch.setitem(SCALES, "quick", replace(TINY, magnet=MagNetSettings(epochs=2)))
     with pytest.raises(ValueError, match=r"made with another epochs; remove the folder"):
         run("table", "1", *chosen, "--again")
+
+
+def test_the_time_of_a_training_that_was_cut_off_counts_up_to_its_last_state(tmp_path: Path) -> None:
+    state = tmp_path / "run" / STATE_FILE
+
+    def cut_off(resume: bool) -> bool:
+        assert resume == state.exists()
+        state.touch()
+        later = state.stat().st_mtime + 1000
+        os.utime(state, (later, later))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_once(state.parent, {"steps": 3}, cut_off)
+    seconds = train_once(state.parent, {"steps": 3}, lambda resume: resume)
+    assert 1000 <= seconds < 1060
+    assert train_once(state.parent, {"steps": 3}, cut_off) == seconds, "it was done"
 
 
 def test_a_damaged_record_is_said(tmp_path: Path) -> None:

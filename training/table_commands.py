@@ -72,8 +72,9 @@ def table_command(
       python -m training table 1 --scale cpu --dataset mnist --classifier A
       python -m training table 3 --scale cpu --column defense_vae --column defense_vae_rec
     """
-    from training.experiments.lab import Lab, NotAvailable, Stopped
+    from training.experiments.lab import Lab, NotAvailable
     from training.experiments.measure import run_cell
+    from training.experiments.once import Stopped
 
     chosen = SCALES[scale]
     wanted = [

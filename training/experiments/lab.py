@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from defense_vae_fast.atomic import replacing
 from defense_vae_fast.checkpoint import list_pretrained, load_checkpoint
 from defense_vae_fast.nn.model import DefenseVAE
 from training import pool
@@ -38,14 +36,14 @@ from training.data import Dataset, Split, load_dataset
 from training.defences import Defence, bare, defense_vae
 from training.device import place
 from training.experiments.cells import FROM_SCRATCH
+from training.experiments.once import train_once
 from training.experiments.scale import Scale
 from training.finetune import finetune
-from training.fit import CHECKPOINT_FILE, STATE_FILE, fit
+from training.fit import CHECKPOINT_FILE, fit
 from training.pairs import PairSource, TablePairs
 from training.retrain import CLASSIFIER_FILE, retrain
 from training.train_classifier import load_classifier, load_weights, save_classifier, weights_digest
 
-FINISHED_FILE = "finished.json"
 _KINDS: dict[str, type] = {"fgsm": FGSM, "rand_fgsm": RandFGSM, "cw": CarliniWagnerL2}
 # DeepFool stops at the border; CW at the paper's rates goes far beyond it. The paper names no setting: these are ours.
 DEEPFOOLS = tuple(DeepFool(overshoot=overshoot) for overshoot in (0.02, 0.5, 2.0, 10.0))
@@ -58,10 +56,6 @@ def training_attacks(training: str) -> tuple[Attack, ...]:
     left_out = training.removeprefix("without_").removesuffix("_plus_deepfool")
     kept = tuple(attack for attack in PAPER_TRAINING_ATTACKS if not isinstance(attack, _KINDS[left_out]))
     return kept + (DEEPFOOLS if training.endswith("_plus_deepfool") else ())
-
-
-class Stopped(RuntimeError):
-    """Ctrl-C came during a training; the same command goes on from there."""
 
 
 class NotAvailable(RuntimeError):
@@ -173,7 +167,7 @@ class Lab:
             **recipe.to_dict(), "training": [repr(attack) for attack in training_attacks(training)],
             "attacked": weights_digest(attacked), "data": loaded.digest,
         }  # fmt: skip
-        seconds = _train_once(folder, settings, train)
+        seconds = train_once(folder, settings, train)
         bundle = load_checkpoint(folder / CHECKPOINT_FILE)
         return place(DefenseVAE.from_checkpoint(bundle), self.device), seconds, bundle.digest
 
@@ -189,7 +183,7 @@ class Lab:
         if column == "defense_vae_rec":
             rec = replace(self.scale.rec, seed=self.seed)
             settings = {**asdict(rec), "batch_size": self.scale.trained_batch}
-            seconds += _train_once(
+            seconds += train_once(
                 folder, {**settings, "purifier": purifier_digest},
                 lambda resume: retrain(
                     loaded, name, attacked, vae, pairs, rec, folder, device=self.device, resume=resume
@@ -212,7 +206,7 @@ class Lab:
             )
             seconds = rec_made.training_seconds
         settings = {**asdict(e2e), "batch_size": self.scale.trained_batch}
-        seconds += _train_once(
+        seconds += train_once(
             folder, {**settings, "purifier": purifier_digest, "classifier": weights_digest(start)},
             lambda resume: finetune(
                 loaded, name, attacked, vae, start, pairs, e2e, folder, device=self.device, resume=resume,
@@ -228,7 +222,7 @@ class Lab:
     def _magnet(self, dataset: str, attacked: nn.Module, digests: dict[str, str]) -> Made:
         loaded, folder = self.dataset(dataset), self.folder(dataset, "magnet")
         settings = replace(self.scale.magnet, seed=self.seed)
-        seconds = _train_once(
+        seconds = train_once(
             folder, {**asdict(settings), "data": loaded.digest},
             lambda resume: train_magnet(loaded, settings, folder, device=self.device, resume=resume).finished,
         )  # fmt: skip
@@ -248,7 +242,7 @@ class Lab:
     def _generator(self, dataset: str) -> tuple[Generator, float]:
         loaded, folder = self.dataset(dataset), self.folder(dataset, "defense_gan")
         settings = replace(self.scale.gan, seed=self.seed)
-        seconds = _train_once(
+        seconds = train_once(
             folder, {**asdict(settings), "data": loaded.digest},
             lambda resume: train_generator(loaded, settings, folder, device=self.device, resume=resume)[1],
         )  # fmt: skip
@@ -257,7 +251,7 @@ class Lab:
     def _adversarial(self, dataset: str, name: str) -> Made:
         loaded, folder = self.dataset(dataset), self.folder(dataset, name, "adv_training")
         settings = replace(self.scale.adversarial, seed=self.seed)
-        seconds = _train_once(
+        seconds = train_once(
             folder, {**asdict(settings), "data": loaded.digest},
             lambda resume: train_adversarially(
                 loaded, name, settings, folder, device=self.device, resume=resume
@@ -343,38 +337,3 @@ class Lab:
 def _make_kept(attack: Attack, classifier: nn.Module, split: Split, *, folder: Path, seed: int, title: str) -> Tensor:
     del seed
     return attacked_images(attack, classifier, split, title=title, folder=folder)
-
-
-def _train_once(folder: Path, settings: dict[str, Any], train: Callable[[bool], bool]) -> float:
-    """Train unless that is done, and return the seconds that it took in all.
-
-    Args:
-        folder: of the run.
-        settings: what decides the result; what is kept must have been made with the same.
-        train: trains, given whether to resume, and returns whether it came to the end.
-
-    Raises:
-        Stopped: it did not.
-        ValueError: the folder's result was made with other settings.
-    """
-    path = folder / FINISHED_FILE
-    settings = json.loads(json.dumps(settings))
-    before = 0.0
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found["settings"] != settings:
-            differing = [key for key in settings if found["settings"].get(key) != settings[key]]
-            raise ValueError(
-                f"{folder}: was made with another {', '.join(differing)}; remove the folder, or name other --runs"
-            )
-        if found["finished"]:
-            return float(found["seconds"])
-        before = float(found["seconds"])
-    start = time.monotonic()
-    finished = train((folder / STATE_FILE).exists())
-    seconds = round(before + time.monotonic() - start, 2)
-    with replacing(path) as file:
-        file.write(json.dumps({"finished": finished, "seconds": seconds, "settings": settings}).encode())
-    if not finished:
-        raise Stopped(f"{folder}: stopped early; the same command goes on from there")
-    return seconds
