@@ -4,7 +4,8 @@
 
 Nothing need be installed but what the parts themselves need: a part whose packages are missing is skipped and the file
 says why. Whatever is marked ``gpu`` in tests/ and bench/ is run, each file in a process of its own, so that one that
-hangs, dies or loses its CUDA context takes nothing with it. The file is written again after every part.
+hangs, dies or loses its CUDA context takes nothing with it: first the tests, side by side, then the benchmarks, one
+after another. The file is written again after every part.
 
 Exit codes: 0 everything that ran passed; 1 something failed or ran out of time; 2 there is no GPU, or nothing ran.
 """
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 SECONDS = 520.0
 COLLECT_SECONDS = 90.0
 PART_SECONDS = 240.0
+GRACE_SECONDS = 3.0  # of a part's time, to report what it has so far
 # What matters most, should time run out.
 FIRST = (
     "tests/test_gpu.py", "tests/test_folded.py", "tests/test_region_kernels.py", "bench/test_gpu.py",
@@ -54,14 +57,26 @@ def main() -> int:
         print(f"{report['gpu']}: {len(files)} files; {problem}")
         print(f"written to {arguments.out}")
         return NOTHING
-    for path in sorted(files, key=lambda path: (FIRST.index(path) if path in FIRST else len(FIRST), path)):
+
+    def run(path: str) -> dict[str, Any]:
         left = deadline - time.monotonic()
-        part = _run(path, min(PART_SECONDS, left), arguments.quick) if left > 10 else {"outcome": "no time was left"}
+        return _run(path, min(PART_SECONDS, left), arguments.quick) if left > 10 else {"outcome": "no time was left"}
+
+    def keep(path: str, part: dict[str, Any]) -> None:
         report["rows"] += part.pop("rows", [])
         report["parts"].append({"file": path, **part})
         report["judged"] = _safely(lambda: judge(report["rows"]))
         _write(arguments.out, report)
-        print(f"{path}: {part['outcome']}")
+        print(f"{path}: {part['outcome']}", flush=True)
+
+    files.sort(key=lambda path: (FIRST.index(path) if path in FIRST else len(FIRST), path))
+    tests = [path for path in files if not _is_benchmark(path)]
+    # A test's outcome does not depend on what runs beside it; a benchmark's figures do.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        for path, part in zip(tests, pool.map(run, tests), strict=True):
+            keep(path, part)
+    for path in filter(_is_benchmark, files):
+        keep(path, run(path))
     report["timeline"] = _safely(lambda: _draw_timeline(arguments.out.with_suffix(".timeline.png"), report["rows"]))
     _write(arguments.out, report)
     print(json.dumps(report.get("judged"), indent=1))
@@ -174,10 +189,14 @@ def _collect(seconds: float) -> tuple[list[str], str]:
     return files, "; ".join(errors) or "every file was read"
 
 
+def _is_benchmark(path: str) -> bool:
+    return path.startswith("bench")
+
+
 def _run(path: str, seconds: float, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         words = [path, f"--junitxml={folder}/junit.xml", "-q"]
-        if path.startswith("bench"):
+        if _is_benchmark(path):
             words += ["--benchmark-only", f"--bench-out={folder}", *(["--bench-quick"] if quick else [])]
         start = time.monotonic()
         code, output = _pytest(words, seconds)
@@ -203,7 +222,8 @@ def _pytest(words: list[str], seconds: float) -> tuple[int | None, str]:
 
     # pytest-benchmark's own --strict options are not ours.
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *words]
-    code, output, stopped = run_limited(command, seconds, cwd=ROOT)
+    # Interrupted, pytest still reports what it has; killed, it leaves nothing.
+    code, output, stopped = run_limited(command, seconds - GRACE_SECONDS, cwd=ROOT, grace=GRACE_SECONDS)
     return None if stopped else code, output
 
 

@@ -20,15 +20,16 @@ def run_limited(
     Args:
         command: what to run.
         seconds: how long it may take.
-        cwd: where it runs; it is on its PYTHONPATH, too.
+        cwd: where it runs; it comes first on its PYTHONPATH, too.
         grace: seconds between an interrupt and the end, for a program that saves itself; 0 for no interrupt.
 
     Returns:
         Exit code, what it printed, and whether it was stopped.
     """
+    path = os.pathsep.join(filter(None, (str(cwd), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True, env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(cwd)},
+        start_new_session=True, env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": path},
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=seconds)

@@ -18,7 +18,7 @@ scale_option = click.option(
     "--scale",
     type=click.Choice(list(SCALES)),
     default="quick",
-    help="How much work: quick to try, cpu, or the paper's.",
+    help="How much work: quick to try, cpu, gpu, or the paper's.",
 )
 runs_option = click.option(
     "--runs", type=click.Path(path_type=Path, file_okay=False), default=RUNS / "experiments",
@@ -64,7 +64,8 @@ def table_command(
     Scales:
       quick  2,000 training images an attack, 500 test images: to see everything work
       cpu    20,000 training images an attack (6,000 for CW), all test images: an hour a classifier and core
-      paper  everything, three seeds: for a GPU
+      gpu    30,000 training images an attack (20,000 for CW), all test images: minutes of one GPU
+      paper  everything, three seeds: hours of one
 
     \b
     Examples:
