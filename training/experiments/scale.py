@@ -116,7 +116,7 @@ SCALES: dict[str, Scale] = {
             learning_rate=1e-3, warmup=200, decay=0.5,
         ),
         trained_batch=128, rec=RetrainSettings(steps=8_000, learning_rate=1e-3), e2e=FinetuneSettings(steps=3_000),
-        gan=GanSettings(steps=6_000), search=(200, 10), magnet=MagNetSettings(),
+        gan=GanSettings(steps=4_000), search=(200, 10), magnet=MagNetSettings(),
         adversarial=AdversarialSettings(), substitute=DEFENSE_GAN, timed_images=1000,
     ),
     # The paper's own sizes, for a GPU.
