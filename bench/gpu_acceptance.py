@@ -4,8 +4,8 @@
 
 Nothing need be installed but what the parts themselves need: a part whose packages are missing is skipped and the file
 says why. Whatever is marked ``gpu`` in tests/ and bench/ is run, each file in a process of its own, so that one that
-hangs, dies or loses its CUDA context takes nothing with it: first the tests, side by side, then the benchmarks, one
-after another. The file is written again after every part.
+hangs, dies or loses its CUDA context takes nothing with it: the tests side by side where they can, then the benchmarks,
+one after another. The file is written again after every part.
 
 Exit codes: 0 everything that ran passed; 1 something failed or ran out of time; 2 there is no GPU, or nothing ran.
 """
@@ -36,6 +36,7 @@ FIRST = (
     "tests/test_gpu.py", "tests/test_folded.py", "tests/test_region_kernels.py", "bench/test_gpu.py",
     "bench/test_matmul.py", "bench/test_gpu_baselines.py", "tests/test_distributed.py",
 )  # fmt: skip
+ALONE = ("tests/test_gpu.py",)  # it watches the device's free memory
 OK, FAILED, NOTHING = 0, 1, 2
 
 
@@ -70,12 +71,13 @@ def main() -> int:
         print(f"{path}: {part['outcome']}", flush=True)
 
     files.sort(key=lambda path: (FIRST.index(path) if path in FIRST else len(FIRST), path))
-    tests = [path for path in files if not _is_benchmark(path)]
-    # A test's outcome does not depend on what runs beside it; a benchmark's figures do.
+    together = [path for path in files if path not in ALONE and not path.startswith("bench")]
+    for path in filter(ALONE.__contains__, files):
+        keep(path, run(path))
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        for path, part in zip(tests, pool.map(run, tests), strict=True):
+        for path, part in zip(together, pool.map(run, together), strict=True):
             keep(path, part)
-    for path in filter(_is_benchmark, files):
+    for path in filter(lambda path: path.startswith("bench"), files):
         keep(path, run(path))
     report["timeline"] = _safely(lambda: _draw_timeline(arguments.out.with_suffix(".timeline.png"), report["rows"]))
     _write(arguments.out, report)
@@ -189,14 +191,10 @@ def _collect(seconds: float) -> tuple[list[str], str]:
     return files, "; ".join(errors) or "every file was read"
 
 
-def _is_benchmark(path: str) -> bool:
-    return path.startswith("bench")
-
-
 def _run(path: str, seconds: float, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         words = [path, f"--junitxml={folder}/junit.xml", "-q"]
-        if _is_benchmark(path):
+        if path.startswith("bench"):
             words += ["--benchmark-only", f"--bench-out={folder}", *(["--bench-quick"] if quick else [])]
         start = time.monotonic()
         code, output = _pytest(words, seconds)

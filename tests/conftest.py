@@ -71,6 +71,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=GPU_REASON))
 
 
+def python_path(first: Path) -> str:
+    """PYTHONPATH for a process that imports from ``first``, and else from where this one was told to."""
+    return os.pathsep.join(filter(None, (str(first), os.environ.get("PYTHONPATH"))))
+
+
 @pytest.fixture(autouse=True)
 def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Forget what a test imported from its own folder, where another test has a module of the same name."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import python_path
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -63,7 +64,7 @@ def torchrun(
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     options = ["--classifier", classifier, "--device", device, "--out", str(folder / "run"), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     return subprocess.Popen(
         [*command, "-m", "training", "fit", str(folder / "images"), *options], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -72,7 +73,7 @@ def torchrun(
 
 def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     """Shares, tables, losses and weights, in float64: see rank_of_two.py."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(ROOT)}
     script = Path(__file__).with_name("rank_of_two.py")
     ranks = [
         subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)], env=environment, cwd=tmp_path)

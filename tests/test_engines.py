@@ -25,7 +25,7 @@ from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.engines import ENGINES, Engine, EngineUnavailable, select
 from defense_vae_fast.engines import torch as torch_engine
 from defense_vae_fast.engines.openvino import OpenVINOEngine
-from defense_vae_fast.engines.torch import TorchEngine
+from defense_vae_fast.engines.torch import TorchEngine, _IdleStreams
 from defense_vae_fast.nn.model import DefenseVAE
 
 PACKAGE = Path(defense_vae_fast.__file__).parent
@@ -282,6 +282,17 @@ def test_a_closed_engine_says_so(fresh):
     assert engine.closed
     with pytest.raises(RuntimeError, match=f"the {engine.name} engine is closed; load another one"):
         engine.run(levels)
+
+
+def test_a_stream_that_a_closed_engine_has_left_serves_the_next(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    streams, first, second = _IdleStreams(), torch.device("cuda", 0), torch.device("cuda", 1)
+    one, two = streams.take(first), streams.take(first)
+    assert one is not two
+    streams.give(first, one)
+    assert streams.take(second) is not one
+    assert streams.take(first) is one
+    assert streams.take(first) not in (one, two)
 
 
 def test_close_waits_for_calls_in_other_threads(fresh):

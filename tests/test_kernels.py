@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import python_path
 from torch import Tensor, nn
 
 from defense_vae_fast.nn.fused import BatchNormReLU2d, reparameterize
@@ -79,7 +80,7 @@ class Run(dict[str, Tensor]):
 def run(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
     x = x.detach().requires_grad_()
     y = module(x)
-    y.backward(gradient.to(y.dtype))
+    y.backward(gradient.to(y))
     named = {"y": y, "x": x.grad}
     named |= {f"gradient of {name}": parameter.grad for name, parameter in module.named_parameters()}
     named |= dict(module.named_buffers())
@@ -506,7 +507,7 @@ def test_triton_stays_out_until_it_is_needed() -> None:
 def test_statistics_of_all_ranks(tmp_path: Path) -> None:
     """Two gloo processes with batches of three and two images do what one does with all five."""
     script = Path(__file__).with_name("two_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(ROOT), "TRITON_INTERPRET": "1"}
     ranks = [
         subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)], env=environment, cwd=tmp_path)
         for rank in range(2)
@@ -523,7 +524,7 @@ def compiled() -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("kernel_resources.py")],
-        env={**environment, "PYTHONPATH": str(ROOT)}, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+        env={**environment, "PYTHONPATH": python_path(ROOT)}, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found

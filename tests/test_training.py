@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import python_path
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -587,7 +588,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*command, "--preset", "pooled", "--steps", "100000", "--out", str(tmp_path / "run"), "--device", "cpu"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": python_path(root)},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -203,6 +203,8 @@ class TorchEngine(Engine):
             yield self._lane, start, stop
 
     def _release(self) -> None:
+        while (slot := self._lane.try_acquire()) is not None:
+            slot.close()
         del self._lane, self._network
 
 
@@ -230,6 +232,9 @@ class _CPUSlot:
         """Forget the images."""
         self._batch = None
 
+    def close(self) -> None:
+        """Nothing is held that the engine does not hold."""
+
     def run_tensor(self, images: torch.Tensor, purified: torch.Tensor, scores: torch.Tensor) -> None:
         """Compute from and into tensors."""
         clean, score = _purify(self._network, images)
@@ -245,7 +250,7 @@ class _CUDASlot:
 
         self._torch = torch
         self._device = device
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _idle_streams.take(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._steps: dict[tuple[torch.dtype, int], _GraphStep] = {}
         self._buckets: dict[torch.dtype, list[int]] = {}
@@ -308,6 +313,11 @@ class _CUDASlot:
         """Wait for the stream."""
         self._stream.synchronize()
 
+    def close(self) -> None:
+        """Free graphs and buffers, and leave the stream to another slot; this one is of no use any more."""
+        self._steps.clear()
+        _idle_streams.give(self._device, self._stream)
+
     def run_tensor(self, images: torch.Tensor, purified: torch.Tensor, scores: torch.Tensor) -> None:
         """Queue the work between what the caller's stream holds already and what it is given next."""
         torch, count = self._torch, len(images)
@@ -351,14 +361,46 @@ def _cuda_slots(
 
     slots = [_CUDASlot(device) for _ in range(streams)]
     dtypes = {"float": torch.float32, "uint8": torch.uint8}
-    with torch.no_grad(), _cudnn_choice, _without_tf32 if network.dtype == torch.float32 else nullcontext():
-        for kind, shape in shapes.items():
-            for bucket in buckets:
-                for slot in slots:
-                    slot.prepare(network, torch.zeros((bucket, *shape), dtype=dtypes[kind], device=device))
-    torch.cuda.synchronize(device)
+    try:
+        with torch.no_grad(), _cudnn_choice, _without_tf32 if network.dtype == torch.float32 else nullcontext():
+            for kind, shape in shapes.items():
+                for bucket in buckets:
+                    for slot in slots:
+                        slot.prepare(network, torch.zeros((bucket, *shape), dtype=dtypes[kind], device=device))
+        torch.cuda.synchronize(device)
+    except BaseException:
+        for slot in slots:
+            slot.close()
+        raise
     network.settle()
     return slots
+
+
+class _IdleStreams:
+    """Streams that closed engines have left, for the next ones.
+
+    cuBLAS keeps a workspace for every stream that it has ever worked on, 32 MiB on Hopper. With new streams every
+    engine that is loaded and closed would cost that for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+    def take(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream that was left last, or a new one."""
+        import torch
+
+        with self._lock:
+            idle = self._idle.get(device)
+            if idle:
+                return idle.pop()
+        return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def give(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """Leave a stream that nobody puts work on any more."""
+        with self._lock:
+            self._idle.setdefault(device, []).append(stream)
 
 
 class _Setting(ABC):
@@ -433,6 +475,7 @@ def _fp32_settings() -> tuple[Any, Any]:
     return cudnn.conv, torch.backends.cuda.matmul
 
 
+_idle_streams = _IdleStreams()
 _without_tf32 = _WithoutTF32()
 _cudnn_choice = _CuDNNChoice()
 
