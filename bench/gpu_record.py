@@ -8,7 +8,7 @@
     endurance   a million purifications on every engine that works here: same bytes, no growth
     accuracy    the shipped purifier's accuracy in fp16 beside float32, on the test set's images
     checkpoint  training at full scale: fresh attacks against all seven classifiers, then the polish
-    tables      the paper's Tables 1 to 4 at its own scale, three seeds, or at the scale that ``--scale`` names
+    tables      the paper's tables at its own scale, three seeds, or at the scale that ``--scale`` names
 
 Steps run in this order, each in a process of its own with a time limit; a step that fails does not stop the others, and
 ``record.json`` is written after each. Training and tables go on where an earlier call stopped: give them more calls.
@@ -23,6 +23,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -98,10 +99,10 @@ def steps(out: Path, scale: str = "paper") -> list[Step]:
                                 str(first / "checkpoint.safetensors"), "--out", str(second),
                                 *(["--resume"] if begun[1] else [])), 1800, resumes=True),
         ]  # fmt: skip
-    found += [
-        Step("tables", (*training, "table", number, "--scale", scale), 7200, resumes=True)
-        for number in ("1", "2", "3", "4")
-    ]
+    # A training alone leaves most of a GPU idle: a process for each core but two.
+    jobs = str(max(1, (os.cpu_count() or 1) - 2))
+    tables = (*training, "table", "1", "2", "3", "7", "8", "4", "--scale", scale, "--jobs", jobs)
+    found.append(Step("tables", tables, 7200, resumes=True))
     return found
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from tests.test_data import write_idx
 from training.__main__ import cli
-from training.attacks import CarliniWagnerL2, DeepFool
+from training.attacks import PAPER_TEST_ATTACKS, CarliniWagnerL2, DeepFool
 from training.baselines.adversarial_training import AdversarialSettings
 from training.baselines.magnet import MagNetSettings
 from training.baselines.wgan import GanSettings
@@ -27,12 +30,14 @@ from training.experiments.figures import read_curve
 from training.experiments.lab import training_attacks
 from training.experiments.measure import paper_cell
 from training.experiments.once import train_once
+from training.experiments.processes import STOPPED, Group, run_groups, share_out
 from training.experiments.results import write_results
 from training.experiments.scale import SCALES
 from training.finetune import FinetuneSettings
 from training.fit import STATE_FILE
 from training.paper import paper_rows, paper_value
 from training.retrain import RetrainSettings
+from training.stopping import stop_signal
 
 TINY = replace(
     SCALES["quick"], name="quick", test_images=40, search_images=5, classifier_epochs=1,
@@ -108,9 +113,9 @@ def test_the_papers_numbers(cell: Cell, paper: float | None) -> None:
 def test_what_is_run_only_on_request() -> None:
     every = cells("1")
     assert not [cell for cell in select(every, dataset="mnist") if cell.column == FROM_SCRATCH]
-    assert select(every, dataset="mnist", column=FROM_SCRATCH, attack="fgsm", classifier="A")
+    assert select(every, [FROM_SCRATCH], dataset="mnist", attack="fgsm", classifier="A")
     with pytest.raises(ValueError, match="got none for dataset mnist, classifier E"):
-        select(every, dataset="mnist", classifier="E", column=None)
+        select(every, dataset="mnist", classifier="E", search=None)
 
 
 def test_attacks_of_table_2() -> None:
@@ -168,6 +173,103 @@ def test_a_table_is_run_once_and_every_cell_is_measured_again_by_its_own_command
         for column in ("defense_vae", "defense_vae_rec", "defense_vae_e2e", "adv_training", "pooled")
     }
     assert "CelebA" in page
+
+
+def test_cells_are_shared_out_by_what_they_need() -> None:
+    every = [cell for table in TABLES for cell in select(cells(table))]
+    groups = {group.name: group for group in share_out(every)}
+    assert sorted(map(repr, every)) == sorted(repr(cell) for group in groups.values() for cell in group.cells)
+    place = {name: number for number, name in enumerate(groups)}
+    for group in groups.values():
+        assert all(place[name] < place[group.name] for name in group.after)
+    three = groups["fashion_mnist-A-three"]
+    assert {(cell.table, cell.column) for cell in three.cells} == {
+        *(
+            (table, column)
+            for table in "13"
+            for column in ("defense_vae", "defense_vae_rec", "defense_vae_e2e", "pooled")
+        ),
+        ("2", "trained_on_three"),
+    }
+    assert three.after == {"fashion_mnist-A-bare"}
+    # What the columns share is made once, before any of them: classifiers, attacks, substitutes.
+    bare = groups["cifar10_jpeg-C-bare"]
+    assert {(cell.attack, cell.substitute) for cell in bare.prepared} == {
+        *((attack, "") for attack in ("clean", *PAPER_TEST_ATTACKS)), ("fgsm", "E"),
+    }  # fmt: skip
+    assert groups["mnist-defense_gan"].after == {f"mnist-{name}-bare" for name in "ABCD"}
+    assert groups["fashion_mnist-B-without_cw_plus_deepfool"].cells == (
+        Cell("2", "fashion_mnist", "plus_deepfool", "cw", "B"),
+    )
+    # Time is measured when nothing else runs.
+    assert groups["fashion_mnist-times"].after == set(groups) - {"fashion_mnist-times"}
+    alone = share_out(select(cells("1"), ["magnet"], dataset="mnist", classifier="D", attack="cw"))
+    assert [(group.name, len(group.cells), len(group.prepared)) for group in alone] == [
+        ("mnist-D-bare", 0, 1), ("mnist-magnet", 1, 0),
+    ]  # fmt: skip
+
+
+def test_processes_find_what_one_finds(world: Path, tmp_path: Path) -> None:
+    chosen = ["--dataset", "mnist", "--classifier", "D", "--attack", "fgsm", "--column", "no_defense"]
+    chosen += ["--column", "defense_vae", "--column", "magnet", "--column", "adv_training"]
+
+    def values(name: str, *extra: str) -> dict[str, tuple[float, dict[str, str]]]:
+        folder = tmp_path / name
+        options = ["--records", str(folder / "records"), "--page", str(folder / "page.md"), "--runs", str(folder)]
+        result = run("table", "1", "3", *chosen, *extra, *options)
+        assert "not run: " not in result.output
+        records = [json.loads(path.read_text()) for path in (folder / "records").rglob("*.json")]
+        assert (folder / "page.md").exists()
+        return {
+            f"{one['table']} {one['column']} {one['substitute']}": (one["value"], one["digests"]) for one in records
+        }
+
+    shared, alone = values("shared", "--jobs", "3"), values("alone")
+    assert len(alone) == 4 * (1 + 2)
+    assert shared == alone
+    assert sorted(path.stem for path in (tmp_path / "shared/logs").iterdir()) == [
+        "mnist-D-adv_training", "mnist-D-bare", "mnist-D-three", "mnist-magnet",
+    ]  # fmt: skip
+
+
+def test_a_process_that_fails_is_said_and_the_others_go_on(world: Path, tmp_path: Path) -> None:
+    """The purifier's folder is a file here."""
+    folder = tmp_path / "quick/seed0/mnist/D-three"
+    folder.parent.mkdir(parents=True)
+    folder.write_text("")
+    options = ["--records", str(tmp_path / "records"), "--page", str(tmp_path / "page.md"), "--runs", str(tmp_path)]
+    chosen = ["--dataset", "mnist", "--classifier", "D", "--attack", "fgsm", "--jobs", "2", "--device", "cpu"]
+    columns = ["--column", "defense_vae", "--column", "no_defense"]
+    result = CliRunner().invoke(cli, ["table", "1", *chosen, *columns, *options])
+    assert result.exit_code == 1
+    assert f"mnist-D-three: failed, {tmp_path / 'logs/mnist-D-three.log'}" in result.output
+    assert "not run: 1 cells" in result.output
+    assert "NotADirectoryError" in (tmp_path / "logs/mnist-D-three.log").read_text()
+    assert [path.name for path in (tmp_path / "records").rglob("*.json")] == ["mnist-fgsm-D-no_defense-seed0.json"]
+
+
+def wait_for_a_stop(group: Group) -> int:
+    with stop_signal() as stopping:
+        print("ready", flush=True)
+        return STOPPED if stopping.wait(60) else 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_a_stop_is_handed_on_and_nothing_more_begins(tmp_path: Path) -> None:
+    groups = [Group(name, ()) for name in "abc"]
+
+    def stop() -> None:
+        logs = [tmp_path / f"{name}.log" for name in "ab"]
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not all(log.exists() and "ready" in log.read_text() for log in logs):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert run_groups(groups, 2, wait_for_a_stop, tmp_path) == STOPPED
+    thread.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.log", "b.log"]
 
 
 @pytest.mark.usefixtures("world")

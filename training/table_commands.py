@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
 
 from training.device import find_device
-from training.experiments.cells import TABLES, cells, read_record, select, write_record
+from training.experiments.cells import TABLES, cells, select
 from training.experiments.figures import FIGURES
 from training.experiments.results import write_results
 from training.experiments.scale import SCALES
-from training.options import RUNS, data_option, device_option
+from training.options import COUNT, RUNS, data_option, device_option
 
 scale_option = click.option(
     "--scale",
@@ -27,7 +28,7 @@ runs_option = click.option(
 
 
 @click.command("table")
-@click.argument("number", type=click.Choice(TABLES))
+@click.argument("numbers", type=click.Choice(TABLES), nargs=-1, required=True, metavar="NUMBER...")
 @scale_option
 @click.option("--seed", type=click.IntRange(min=0), help="This seed instead of the scale's own.")
 @click.option("--dataset", help="Only this data set's cells.")
@@ -38,6 +39,7 @@ runs_option = click.option(
 @click.option("--classifier", help="Only this classifier's cells.")
 @click.option("--substitute", help="Only this substitute's cells.")
 @click.option("--search", help="Only this search of Table 4, such as 200x10.")
+@click.option("--jobs", type=COUNT, default=1, help="Processes that share the work, a training at a time.")
 @click.option("--again", is_flag=True, help="Measure cells that have a record already, too.")
 @click.option(
     "--records", type=click.Path(path_type=Path, file_okay=False), default=Path("docs/results/tables"),
@@ -51,14 +53,15 @@ runs_option = click.option(
 @data_option
 @device_option
 def table_command(
-    number: str, scale: str, seed: int | None, dataset: str | None, columns: tuple[str, ...], attack: str | None,
-    classifier: str | None, substitute: str | None, search: str | None, again: bool, records: Path, page: Path,
-    runs: Path, data: Path | None, device: str,
+    numbers: tuple[str, ...], scale: str, seed: int | None, dataset: str | None, columns: tuple[str, ...],
+    attack: str | None, classifier: str | None, substitute: str | None, search: str | None, jobs: int, again: bool,
+    records: Path, page: Path, runs: Path, data: Path | None, device: str,
 ) -> None:  # fmt: skip
-    """Run what is missing of the paper's table NUMBER, and write docs/RESULTS.md.
+    """Run what is missing of the paper's tables NUMBER..., and write docs/RESULTS.md.
 
     Whatever has to be trained is trained first and kept, attacked images too. Ctrl-C stops at any time, and the same
-    command goes on. Data sets that are not here are said and left out.
+    command goes on. Data sets that are not here are said and left out. With several --jobs each prints into a file of
+    its own in the folder logs of --runs.
 
     \b
     Scales:
@@ -72,50 +75,39 @@ def table_command(
       python -m training table 1
       python -m training table 1 --scale cpu --dataset mnist --classifier A
       python -m training table 3 --scale cpu --column defense_vae --column defense_vae_rec
+      python -m training table 1 2 3 7 8 --scale gpu --jobs 12
     """
-    from training.experiments.lab import Lab, NotAvailable
-    from training.experiments.measure import run_cell
-    from training.experiments.once import Stopped
+    from training.experiments.processes import STOPPED, run_groups, share_out
+    from training.experiments.run import Request, run_cells, run_group
 
     chosen = SCALES[scale]
-    wanted = [
-        cell
-        for column in columns or (None,)
-        for cell in select(
-            cells(number), dataset=dataset, column=column, attack=attack, classifier=classifier, substitute=substitute,
-            search=search,
-        )
-    ]  # fmt: skip
-    where = find_device(device)
+    wanted = select(
+        (cell for number in dict.fromkeys(numbers) for cell in cells(number)), columns, dataset=dataset, attack=attack,
+        classifier=classifier, substitute=substitute, search=search,
+    )  # fmt: skip
+    find_device(device)
     missing: dict[str, None] = {}
-    stopped = False
-    for number_ in chosen.seeds if seed is None else (seed,):
-        lab = Lab(chosen, number_, runs, data, where)
-        for cell in wanted:
-            path = cell.path(records, scale, number_)
-            if read_record(path) is not None and not again:
-                continue
-            try:
-                record = run_cell(lab, cell)
-            except NotAvailable as error:
-                missing[f"not run: {error}"] = None
-                continue
-            except Stopped as error:
-                click.echo(str(error), err=True)
-                stopped = True
-                break
-            write_record(path, cell, record)
-            paper = "" if record["paper"] is None else f" (paper {record['paper']:.2f})"
-            name = " ".join(filter(None, (cell.dataset, *cell.row, cell.column)))
-            click.echo(f"{name}: {record['value']:.2f}{paper}, {record['images']} images")
-        if stopped:
+    code = 0
+    for one in chosen.seeds if seed is None else (seed,):
+        request = Request(chosen, one, again, records, runs, data, device)
+        if jobs == 1:
+            outcome = run_cells(request, wanted)
+            missing.update(dict.fromkeys(outcome.reasons))
+            code = STOPPED if outcome.stopped else 0
+        else:
+            logs = runs / "logs"
+            todo = wanted if again else request.missing(wanted)
+            code = run_groups(share_out(todo), jobs, partial(run_group, request), logs)
+            if left := len(request.missing(wanted)):
+                missing[f"not run: {left} cells; why is in {logs}"] = None
+        if code:
             break
     write_results(page, records)
     for line in missing:
         click.echo(line, err=True)
     click.echo(f"{page}: written from the records in {records}")
-    if stopped:
-        sys.exit(130)
+    if code:
+        sys.exit(code)
 
 
 @click.command("figure")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,12 @@ class Cell:
     def row(self) -> tuple[str, str, str, str]:
         """What tells the row from the table's other rows."""
         return (self.attack, self.classifier, self.substitute, self.search)
+
+    @property
+    def training(self) -> str:
+        """What its purifier is trained on: ``three``, ``without_NAME`` or ``without_NAME_plus_deepfool``."""
+        ending = {"trained_on_other_two": "", "plus_deepfool": "_plus_deepfool"}.get(self.column)
+        return "three" if ending is None else f"without_{self.attack}{ending}"
 
     def command(self, scale: str, seed: int) -> str:
         """The command that measures this cell again."""
@@ -113,20 +119,28 @@ def cells(table: str) -> list[Cell]:
     raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table}")
 
 
-def select(every: Iterable[Cell], **wanted: str | None) -> list[Cell]:
+def select(every: Iterable[Cell], columns: Sequence[str] = (), **wanted: str | None) -> list[Cell]:
     """The cells whose fields have the wanted values; None wants any, and leaves out what is run only on request.
 
+    Args:
+        every: of these.
+        columns: these alone, column after column in this order; empty for any.
+        wanted: values by a field's name.
+
     Raises:
-        ValueError: no cell is left.
+        ValueError: no cell is left, or none of one of the columns.
     """
-    found = [
-        cell for cell in every
-        if all(value is None or getattr(cell, key) == value for key, value in wanted.items())
-        and (cell.column != FROM_SCRATCH or wanted.get("column") == FROM_SCRATCH)
+    fitting = [
+        cell for cell in every if all(value is None or getattr(cell, key) == value for key, value in wanted.items())
     ]  # fmt: skip
-    if not found:
-        asked = ", ".join(f"{key} {value}" for key, value in wanted.items() if value is not None)
-        raise ValueError(f"table: expected a cell that it has, got none for {asked}; leave an option out")
+    found = []
+    for column in columns or (None,):
+        some = [cell for cell in fitting if (cell.column != FROM_SCRATCH if column is None else cell.column == column)]
+        if not some:
+            named = {"column": column, **wanted}
+            asked = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
+            raise ValueError(f"table: expected a cell that it has, got none for {asked}; leave an option out")
+        found += some
     return found
 
 

@@ -47,6 +47,20 @@ def run_cell(lab: Lab, cell: Cell) -> dict[str, Any]:
     return {**common, **(_seconds(lab, cell) if cell.table == "4" else _accuracy(lab, cell))}
 
 
+def prepare(lab: Lab, cell: Cell) -> None:
+    """Make the classifier that a cell attacks, and the attacked images that its column shares with others.
+
+    Raises:
+        NotAvailable: the data are missing.
+    """
+    made = lab.defence(cell.dataset, cell.classifier, "no_defense")
+    lab.images(cell.dataset, made.defence, cell.attack, cell.substitute, lab.scale.test_images)
+    if cell.substitute:
+        lab.images(
+            cell.dataset, made.defence, cell.attack, cell.substitute, lab.scale.test_images, as_printed=True
+        )  # fmt: skip
+
+
 def paper_cell(cell: Cell) -> float | None:
     """The paper's number, None where it has none."""
     if cell.table == "4":
@@ -60,13 +74,9 @@ def paper_cell(cell: Cell) -> float | None:
 
 
 def _accuracy(lab: Lab, cell: Cell) -> dict[str, Any]:
-    column, training = cell.column, "three"
-    if cell.table == "2":
-        # The paper's "trained on 3" are the numbers of Defense-VAE-REC in its Table 1, so all of Table 2 is REC.
-        ending = {"trained_on_other_two": "", "plus_deepfool": "_plus_deepfool"}.get(column)
-        training = "three" if ending is None else f"without_{cell.attack}{ending}"
-        column = "defense_vae_rec"
-    made = lab.defence(cell.dataset, cell.classifier, column, training)
+    # The paper's "trained on 3" are the numbers of Defense-VAE-REC in its Table 1, so all of Table 2 is REC.
+    column = "defense_vae_rec" if cell.table == "2" else cell.column
+    made = lab.defence(cell.dataset, cell.classifier, column, cell.training)
     start = time.monotonic()
     count = lab.scale.search_images if column == "defense_gan" else lab.scale.test_images
     attack = "clean" if column == "no_attack" else cell.attack
