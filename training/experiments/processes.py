@@ -148,6 +148,4 @@ def _run(work: Callable[[Group], int], group: Group, log: Path, threads: int) ->
     except BaseException:
         traceback.print_exc()
         code = FAILED
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(code)
