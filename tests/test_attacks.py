@@ -172,6 +172,28 @@ def test_deepfool_fools_with_the_smallest_perturbation(classifier_d: nn.Module, 
     assert float(ours) < 0.5 * float(theirs)
 
 
+def test_deepfool_in_tanh_space_moves_the_pixels_that_cw_moves(
+    classifier_d: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    pixels, labels = images[0][:50], images[1][:50]
+    near, far = (DeepFool(overshoot=overshoot, in_tanh=True)(classifier_d, pixels, labels) for overshoot in (0.02, 200))
+    wrong = predict(classifier_d, pixels) != labels
+    for attacked in (near, far):
+        assert success(classifier_d, attacked, labels) == 100
+        assert torch.equal(attacked[wrong], pixels[wrong])
+        assert 0 <= float(attacked.min()) <= float(attacked.max()) <= 1
+    black = pixels == 0
+    assert float(near[black].mean()) < 0.01
+    right = ~wrong
+
+    def likeness(attacked: Tensor) -> float:
+        cw = CarliniWagnerL2(10.0)(classifier_d, pixels, labels)
+        moved, theirs = ((x - pixels)[right].flatten(1) for x in (attacked, cw))
+        return float(nn.functional.cosine_similarity(moved, theirs).median())
+
+    assert likeness(far) > 0.75 > 0.6 > likeness(DeepFool(overshoot=200)(classifier_d, pixels, labels))
+
+
 def test_deepfool_gives_foolboxs_images(classifier_d: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     """Its perturbations are so small that where a step ends decides what rounding to 8 bits leaves of them."""
     pixels, labels = images[0][:50], images[1][:50]

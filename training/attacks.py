@@ -182,9 +182,8 @@ class CarliniWagnerL2:
     ) -> Tensor:
         _check(images, labels)
         images = images.detach()
-        # The factor keeps arctanh finite at pixels that are exactly 0 or 1.
-        origin = torch.atanh((images * 2 - 1) * 0.999999)
-        reference = (torch.tanh(origin) + 1) / 2
+        origin = _to_tanh_space(images)
+        reference = _from_tanh_space(origin)
         offset = torch.zeros_like(images)
         first, second = torch.zeros_like(images), torch.zeros_like(images)
         best = images.clone()
@@ -196,7 +195,7 @@ class CarliniWagnerL2:
         for iteration in range(1, self.iterations + 1):
             with torch.enable_grad():
                 offset.requires_grad_()
-                attacked = (torch.tanh(origin + offset) + 1) / 2
+                attacked = _from_tanh_space(origin + offset)
                 logits = classifier(attacked).float()
                 margin = _margin(logits, labels) + self.confidence
                 distance = (attacked - reference).square().flatten(1).sum(1)
@@ -241,24 +240,30 @@ class DeepFool:
     Args:
         iterations: linearisations at most.
         overshoot: share by which the perturbation is made longer than the linear model asks for.
-        past_face: distance, in pixel units, by which every step goes past the face; the authors' code has 1e-4.
+        past_face: distance, in the units of the steps, by which every step goes past the face; the authors' code has
+            1e-4.
+        in_tanh: take the steps in the space of :class:`CarliniWagnerL2` instead of pixels: no step leaves [0, 1] there,
+            and pixels that are black or white hardly move.
     """
 
     iterations: int = 50
     overshoot: float = 0.02
     past_face: float = 1e-4
+    in_tanh: bool = False
 
     def __call__(
         self, classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         _check(images, labels)
-        attacked = images.detach().clone()
-        total = torch.zeros_like(attacked)
+        images = images.detach()
+        attacked = images.clone()
+        origin = _to_tanh_space(images) if self.in_tanh else images
+        place, total = origin.clone(), torch.zeros_like(images)
         holding = torch.arange(len(images), device=images.device)
         for _ in range(self.iterations):
             with torch.enable_grad():
-                leaf = attacked[holding].requires_grad_()
-                logits = classifier(leaf).float()
+                leaf = place[holding].requires_grad_()
+                logits = classifier(_from_tanh_space(leaf) if self.in_tanh else leaf).float()
                 holds = logits.argmax(1) == labels[holding]
                 if not holds.any():
                     break
@@ -277,8 +282,19 @@ class DeepFool:
             normal = normals.gather(1, nearest.unsqueeze(2).expand(-1, -1, normals.shape[2])).squeeze(1)
             step = (height / length + self.past_face) / length * normal
             total[holding] += step.view_as(total[holding]).to(total)
-            attacked[holding] = (images[holding] + (1 + self.overshoot) * total[holding]).clamp(0, 1)
+            moved = origin[holding] + (1 + self.overshoot) * total[holding]
+            place[holding] = moved if self.in_tanh else moved.clamp(0, 1)
+            attacked[holding] = _from_tanh_space(moved) if self.in_tanh else place[holding]
         return attacked
+
+
+def _to_tanh_space(images: Tensor) -> Tensor:
+    # The factor keeps arctanh finite at pixels that are exactly 0 or 1.
+    return torch.atanh((images * 2 - 1) * 0.999999)
+
+
+def _from_tanh_space(place: Tensor) -> Tensor:
+    return (torch.tanh(place) + 1) / 2
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:
