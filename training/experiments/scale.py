@@ -87,6 +87,17 @@ SCALES: dict[str, Scale] = {
         gan=GanSettings(steps=300), search=(50, 2), magnet=MagNetSettings(epochs=3),
         adversarial=AdversarialSettings(epochs=1), substitute=replace(DEFENSE_GAN, rounds=5), timed_images=1,
     ),
+    # For an hour a classifier on one core: all test images, few training images, a quarter of scale cpu's pairs.
+    "short": Scale(
+        "short", (0,), test_images=10_000, search_images=100, classifier_epochs=4,
+        purifier=replace(
+            _PAPER, name="short-table", images=10_000, cw_images=4_000, epochs=0, steps=1500, attacked=64,
+            learning_rate=1e-3, warmup=50, decay=0.5,
+        ),
+        trained_batch=64, rec=RetrainSettings(steps=1500, learning_rate=1e-3), e2e=FinetuneSettings(steps=500),
+        gan=GanSettings(steps=4_000), search=(200, 10), magnet=MagNetSettings(),
+        adversarial=AdversarialSettings(epochs=2), substitute=DEFENSE_GAN, timed_images=4,
+    ),
     # For two cores: all test images, a third of the training images, a tenth for CW.
     "cpu": Scale(
         "cpu", (0,), test_images=10_000, search_images=200, classifier_epochs=4,
