@@ -36,7 +36,7 @@ from training import pool
 from training.__main__ import cli, main
 from training.attacked import attacked_images
 from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, Attack
-from training.classifiers import CLASSIFIERS, build
+from training.classifiers import CLASSIFIERS, Centred, build
 from training.data import Dataset, Split, to_float
 from training.evaluate import evaluate, summary
 from training.fit import CHECKPOINT_FILE, LOG_FILE, STATE_FILE, fit
@@ -191,6 +191,35 @@ def test_classifier_training_learns_and_its_file_gives_it_back(dataset: Dataset,
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="expected a classifier"):
         load_classifier(path)
+
+
+def test_colour_classifiers_of_table_5_centre_what_they_see() -> None:
+    gray_image = torch.full((1, 3, 32, 32), 0.5)
+    network = build("D", 3, 32)
+    inner: torch.Tensor = network[0](gray_image)  # type: ignore[index, operator]
+    assert torch.equal(inner, torch.zeros_like(inner))
+    for name, channels in (("D", 1), ("residual", 3)):
+        assert not any(isinstance(part, Centred) for part in build(name, channels, 32).modules())
+
+
+def _left_half(name: str) -> Dataset:
+    """Two classes that differ in a bright block, of which the left half of an image alone says anything."""
+    labels = torch.arange(200) % 2
+    images = torch.randint(0, 60, (200, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, 14 * label : 14 * label + 14, :10] = 220
+    split = Split(images, labels)
+    return Dataset(name, split, split, split, ("above", "below"))
+
+
+def test_photographs_are_mirrored_when_classifiers_learn_and_digits_are_not() -> None:
+    found = {}
+    for name in ("cifar10_jpeg", "mnist"):
+        data = _left_half(name)
+        model = fit_classifier("D", data, epochs=10, batch_size=20)
+        assert accuracy(model, data.test) > 95
+        found[name] = accuracy(model, Split(data.test.images.flip(3), data.test.labels))
+    assert found["cifar10_jpeg"] > 95 > 75 > found["mnist"]
 
 
 # Pairs

@@ -21,6 +21,9 @@ from training.device import place
 from training.precision import autocast
 from training.progress import bar
 
+# Data sets of photographs, which show the same thing in a mirror; digits and words do not.
+MIRRORED = ("cifar10_jpeg", "celeba")
+
 
 def fit_classifier(
     name: str,
@@ -33,6 +36,8 @@ def fit_classifier(
     device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Train one of :data:`training.classifiers.CLASSIFIERS` on the training split with Adam and a one-cycle schedule.
+
+    Every other image of the data sets in :data:`MIRRORED`, by chance, is mirrored.
 
     Args:
         name: the classifier's name.
@@ -59,8 +64,12 @@ def fit_classifier(
         for _ in range(epochs):
             order = torch.randperm(len(train), device=device)
             for index in torch.split(order[: steps * batch_size], batch_size):
+                images = to_float(train.images[index])
+                if data.name in MIRRORED:
+                    turned = torch.rand(len(images), device=device) < 0.5
+                    images = torch.where(turned.view(-1, 1, 1, 1), images.flip(3), images)
                 with autocast(device):
-                    logits = model(to_float(train.images[index]))
+                    logits = model(images)
                 loss = F.cross_entropy(logits.float(), train.labels[index])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
