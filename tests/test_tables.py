@@ -8,12 +8,14 @@ import shlex
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
@@ -209,6 +211,17 @@ def test_cells_are_shared_out_by_what_they_need() -> None:
     ]  # fmt: skip
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread here and in each of three processes: sums over other numbers of threads differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_processes_find_what_one_finds(world: Path, tmp_path: Path) -> None:
     chosen = ["--dataset", "mnist", "--classifier", "D", "--attack", "fgsm", "--column", "no_defense"]
     chosen += ["--column", "defense_vae", "--column", "magnet", "--column", "adv_training"]
