@@ -388,11 +388,21 @@ def test_data_that_are_not_here_are_said(world: Path) -> None:
     assert "CelebA: not run" in (world / "docs/RESULTS.md").read_text()
 
 
-def test_runs_made_with_other_settings_are_not_taken(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = ["--dataset", "mnist", "--classifier", "D", "--column", "magnet", "--attack", "fgsm"]
+@pytest.mark.parametrize(
+    ("column", "other", "differing"),
+    [
+        ("magnet", {"magnet": MagNetSettings(epochs=2)}, "epochs"),
+        ("defense_vae", {"purifier": replace(TINY.purifier, attacked=TINY.purifier.attacked // 2)}, "attacked"),
+    ],
+    ids=["magnet", "purifier"],
+)
+def test_runs_made_with_other_settings_are_not_taken(
+    column: str, other: dict[str, Any], differing: str, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = ["--dataset", "mnist", "--classifier", "D", "--column", column, "--attack", "fgsm"]
     run("table", "1", *chosen)
-    monkeypatch.setitem(SCALES, "quick", replace(TINY, magnet=MagNetSettings(epochs=2)))
-    with pytest.raises(ValueError, match=r"made with another epochs; remove the folder"):
+    monkeypatch.setitem(SCALES, "quick", replace(TINY, **other))
+    with pytest.raises(ValueError, match=rf"made with another {differing}; remove the folder"):
         run("table", "1", *chosen, "--again")
 
 

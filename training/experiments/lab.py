@@ -164,7 +164,7 @@ class Lab:
 
         settings = {
             **recipe.to_dict(), "training": [repr(attack) for attack in training_attacks(training)],
-            "attacked": weights_digest(attacked), "data": loaded.digest,
+            "attacked_classifier": weights_digest(attacked), "data": loaded.digest,
         }  # fmt: skip
         seconds = train_once(folder, settings, train)
         bundle = load_checkpoint(folder / CHECKPOINT_FILE)
