@@ -83,6 +83,16 @@ _TIMES_THE_EPOCHS = {"cifar10_jpeg": 3}
 # Thirteen copies of every 64x64 image must fit into memory: 20,000 images are 3.2 GB of pairs.
 _MOST_IMAGES = {"celeba": 20_000}
 _QUICK, _PAPER = PRESETS["quick"], PRESETS["paper"]
+_SHORT = Scale(
+    "short", (0,), test_images=10_000, search_images=100, classifier_epochs=4,
+    purifier=replace(
+        _PAPER, name="short-table", images=10_000, cw_images=4_000, epochs=0, steps=1500, attacked=64,
+        learning_rate=1e-3, warmup=50, decay=0.5,
+    ),
+    trained_batch=64, rec=RetrainSettings(steps=1500, learning_rate=1e-3), e2e=FinetuneSettings(steps=500),
+    gan=GanSettings(steps=4_000), search=(200, 10), magnet=MagNetSettings(),
+    adversarial=AdversarialSettings(epochs=2), substitute=DEFENSE_GAN, timed_images=4,
+)  # fmt: skip
 
 SCALES: dict[str, Scale] = {
     # To see everything work: figures mean little.
@@ -94,15 +104,13 @@ SCALES: dict[str, Scale] = {
         adversarial=AdversarialSettings(epochs=1), substitute=replace(DEFENSE_GAN, rounds=5), timed_images=1,
     ),
     # For an hour a classifier on one core: all test images, few training images, a quarter of scale cpu's pairs.
-    "short": Scale(
-        "short", (0,), test_images=10_000, search_images=100, classifier_epochs=4,
+    "short": _SHORT,
+    # Beyond the paper: six in ten of the single-step pairs are mixed. Sizes are short's, batch and rate cpu's.
+    "mixed": replace(
+        _SHORT, name="mixed",
         purifier=replace(
-            _PAPER, name="short-table", images=10_000, cw_images=4_000, epochs=0, steps=1500, attacked=64,
-            learning_rate=1e-3, warmup=50, decay=0.5,
+            _SHORT.purifier, name="mixed-table", steps=6000, attacked=16, learning_rate=5e-4, warmup=100, mixed=0.6
         ),
-        trained_batch=64, rec=RetrainSettings(steps=1500, learning_rate=1e-3), e2e=FinetuneSettings(steps=500),
-        gan=GanSettings(steps=4_000), search=(200, 10), magnet=MagNetSettings(),
-        adversarial=AdversarialSettings(epochs=2), substitute=DEFENSE_GAN, timed_images=4,
     ),
     # For two cores: all test images, a third of the training images, a tenth for CW.
     "cpu": Scale(
