@@ -445,8 +445,13 @@ def my_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Check
     return tmp_path
 
 
-def test_retrain_then_finetune_a_classifier_of_ones_own(my_images: Path) -> None:
-    common = ["images", "--checkpoint", "purifier.safetensors", "--classifier", "my_defended:make", "--steps", "2"]
+def test_fit_retrain_and_finetune_a_classifier_of_ones_own(my_images: Path) -> None:
+    shared = ["images", "--classifier", "my_defended:make", "--steps", "2", "--mixed", "0.25"]
+    result = CliRunner().invoke(cli, ["fit", *shared, "--device", "cpu"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    purifier = my_images / "runs" / "images-quick" / CHECKPOINT_FILE
+    assert load_checkpoint(purifier).recipe["mixed"] == 0.25
+    common = [*shared, "--checkpoint", str(purifier)]
     result = CliRunner().invoke(cli, ["retrain", *common, "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     rec = my_images / "runs" / "images-rec"
@@ -460,7 +465,9 @@ def test_retrain_then_finetune_a_classifier_of_ones_own(my_images: Path) -> None
     result = CliRunner().invoke(cli, ["finetune", *common, *start, "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     e2e = my_images / "runs" / "images-e2e"
-    assert load_checkpoint(e2e / CHECKPOINT_FILE).recipe["classifier_weight"] == 5.0
+    recipe = load_checkpoint(e2e / CHECKPOINT_FILE).recipe
+    assert recipe["classifier_weight"] == 5.0
+    assert recipe["pairs"]["mixed"] == 0.25
     mine.load_state_dict(load_file(e2e / CLASSIFIER_FILE))
 
 
