@@ -130,7 +130,7 @@ def made_pairs(split: Split, ranks: Ranks) -> None:
     for step in (0, 7, one.steps_per_epoch):
         for ours, expected in zip(both.batch(step), one.batch(step), strict=True):
             assert torch.equal(ours, expected[ranks.share])
-    one, both = (TablePairs(split, {"x": Exact()}, mixed=0.5, ranks=who, **table) for who in (ALONE, ranks))  # type: ignore[arg-type]
+    one, both = (TablePairs(split, {"x": Exact()}, noise=0.5, ranks=who, **table) for who in (ALONE, ranks))  # type: ignore[arg-type]
     torch.manual_seed(4)
     expected = one.batch(3).inputs
     after = torch.get_rng_state()

@@ -446,11 +446,11 @@ def my_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Check
 
 
 def test_fit_retrain_and_finetune_a_classifier_of_ones_own(my_images: Path) -> None:
-    shared = ["images", "--classifier", "my_defended:make", "--steps", "2", "--mixed", "0.25"]
+    shared = ["images", "--classifier", "my_defended:make", "--steps", "2", "--noise", "0.25"]
     result = CliRunner().invoke(cli, ["fit", *shared, "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     purifier = my_images / "runs" / "images-quick" / CHECKPOINT_FILE
-    assert load_checkpoint(purifier).recipe["mixed"] == 0.25
+    assert load_checkpoint(purifier).recipe["noise"] == 0.25
     common = [*shared, "--checkpoint", str(purifier)]
     result = CliRunner().invoke(cli, ["retrain", *common, "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -467,7 +467,7 @@ def test_fit_retrain_and_finetune_a_classifier_of_ones_own(my_images: Path) -> N
     e2e = my_images / "runs" / "images-e2e"
     recipe = load_checkpoint(e2e / CHECKPOINT_FILE).recipe
     assert recipe["classifier_weight"] == 5.0
-    assert recipe["pairs"]["mixed"] == 0.25
+    assert recipe["pairs"]["noise"] == 0.25
     mine.load_state_dict(load_file(e2e / CLASSIFIER_FILE))
 
 

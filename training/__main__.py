@@ -24,7 +24,7 @@ from training import card_commands, classifiers, defence_commands, distributed, 
 from training.attacks import PAPER_TEST_ATTACKS, Attack
 from training.data import load_dataset
 from training.device import find_device, place
-from training.options import COUNT, RUNS, data_option, device_option, mixed_option, own_option
+from training.options import COUNT, RUNS, data_option, device_option, noise_option, own_option
 from training.precision import Amp
 
 
@@ -53,7 +53,7 @@ def cli(context: click.Context) -> None:
 )
 @click.option("--steps", type=COUNT, help="Optimizer steps instead of the preset's length.")
 @click.option("--kl-weight", type=float, help="Weight of the KL term: 1 in the paper's text, 0 in its released code.")
-@mixed_option
+@noise_option
 @click.option("--latent-dim", type=int, help="Size of the latent.")
 @click.option("--seed", type=int, help="Seed of everything random.")
 @click.option(
@@ -79,7 +79,7 @@ def cli(context: click.Context) -> None:
 @device_option
 def fit(
     dataset: str, preset: str, data: Path | None, own: str | None, names: str | None, classifier_epochs: int,
-    steps: int | None, kl_weight: float | None, mixed: float | None, latent_dim: int | None, seed: int | None,
+    steps: int | None, kl_weight: float | None, noise: float | None, latent_dim: int | None, seed: int | None,
     out: Path | None, init: str | None, resume: bool, tensorboard: bool, amp: Amp | None, kernels: Kernels,
     cuda_graph: bool, device: str,
 ) -> None:  # fmt: skip
@@ -103,7 +103,7 @@ def fit(
     Examples:
       python -m training fit fashion_mnist --preset quick
       python -m training fit fashion_mnist --preset paper --kl-weight 1
-      python -m training fit fashion_mnist --preset quick --mixed 0.6
+      python -m training fit fashion_mnist --preset quick --noise 0.6
       python -m training fit path/to/images --classifier my_package.my_module:make_classifier
       torchrun --nproc-per-node 4 -m training fit fashion_mnist --preset paper
     """
@@ -112,7 +112,7 @@ def fit(
     if own and names:
         raise ValueError("fit: expected --classifier or --classifiers, got both; name one")
     chosen = recipe.preset(
-        preset, steps=steps, epochs=0 if steps else None, kl_weight=kl_weight, mixed=mixed, latent_dim=latent_dim,
+        preset, steps=steps, epochs=0 if steps else None, kl_weight=kl_weight, noise=noise, latent_dim=latent_dim,
         seed=seed, classifiers=(own,) if own else tuple(names.split(",")) if names else None,
     )  # fmt: skip
     if not own:

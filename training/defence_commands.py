@@ -31,7 +31,7 @@ from training.options import (
     RUNS,
     data_option,
     device_option,
-    mixed_option,
+    noise_option,
     out_option,
     own_option,
     resume_option,
@@ -67,7 +67,7 @@ rate_option = click.option("--learning-rate", type=float, default=3e-4, help="Ad
 @name_option
 @own_option
 @pairs_option
-@mixed_option
+@noise_option
 @steps_option
 @epochs_option
 @rate_option
@@ -77,7 +77,7 @@ rate_option = click.option("--learning-rate", type=float, default=3e-4, help="Ad
 @device_option
 def retrain_command(
     dataset: str, checkpoint: str | None, data: Path | None, name: str, own: str | None, preset: str,
-    mixed: float | None, steps: int | None, epochs: int, learning_rate: float, seed: int, out: Path | None,
+    noise: float | None, steps: int | None, epochs: int, learning_rate: float, seed: int, out: Path | None,
     resume: bool, device: str,
 ) -> None:  # fmt: skip
     """Train a classifier on what a purifier makes of attacked and clean images: the paper's Defense-VAE-REC.
@@ -93,7 +93,7 @@ def retrain_command(
     """
     settings = RetrainSettings(steps or 0, epochs, learning_rate, seed)
     where, loaded, purifier, out, name, attacked, chosen = _prepare(
-        "rec", dataset, checkpoint, data, name, own, preset, mixed, seed, out, device
+        "rec", dataset, checkpoint, data, name, own, preset, noise, seed, out, device
     )
     student, finished = retrain(
         loaded, name, attacked, purifier, lambda: pair_source(loaded.train.to(where), {name: attacked}, chosen),
@@ -119,7 +119,7 @@ def retrain_command(
 @click.option("--lambda", "classifier_weight", type=float, default=5.0, help="Weight of the cross-entropy, equation 5.")
 @click.option("--kl-weight", type=float, default=0.0, help="Weight of the KL term.")
 @pairs_option
-@mixed_option
+@noise_option
 @steps_option
 @epochs_option
 @rate_option
@@ -129,7 +129,7 @@ def retrain_command(
 @device_option
 def finetune_command(
     dataset: str, checkpoint: str | None, data: Path | None, name: str, own: str | None, start: Path | None,
-    from_scratch: bool, classifier_weight: float, kl_weight: float, preset: str, mixed: float | None,
+    from_scratch: bool, classifier_weight: float, kl_weight: float, preset: str, noise: float | None,
     steps: int | None, epochs: int, learning_rate: float, seed: int, out: Path | None, resume: bool, device: str,
 ) -> None:  # fmt: skip
     """Train a purifier and a classifier together: the paper's Defense-VAE-E2E.
@@ -149,7 +149,7 @@ def finetune_command(
         raise ValueError("finetune: expected --start or --from-scratch, got both; name one")
     settings = FinetuneSettings(steps or 0, epochs, learning_rate, classifier_weight, kl_weight, from_scratch, seed)
     where, loaded, purifier, out, name, attacked, chosen = _prepare(
-        "e2e", dataset, checkpoint, data, name, own, preset, mixed, seed, out, device
+        "e2e", dataset, checkpoint, data, name, own, preset, noise, seed, out, device
     )
     classifier = attacked if start is None else load_weights(start, attacked, where)
     pair = finetune(
@@ -254,7 +254,7 @@ COMMANDS = (retrain_command, finetune_command, magnet_command, adversarial_comma
 
 def _prepare(
     kind: str, dataset: str, checkpoint: str | None, data: Path | None, name: str, own: str | None, preset: str,
-    mixed: float | None, seed: int, out: Path | None, device: str,
+    noise: float | None, seed: int, out: Path | None, device: str,
 ) -> tuple[torch.device, Dataset, DefenseVAE, Path, str, nn.Module, recipe.Recipe]:  # fmt: skip
     """What 'retrain' and 'finetune' start from."""
     where = find_device(device)
@@ -271,7 +271,7 @@ def _prepare(
     out = out or RUNS / f"{loaded.name}-{kind}"
     attacked, name = _attacked(loaded, name, own, out, where)
     purifier = place(DefenseVAE.from_checkpoint(bundle), where)
-    pairs = recipe.preset(preset, classifiers=(name,), mixed=mixed, seed=seed)
+    pairs = recipe.preset(preset, classifiers=(name,), noise=noise, seed=seed)
     return where, loaded, purifier, out, name, attacked, pairs
 
 

@@ -21,11 +21,11 @@ own_option = click.option(
     metavar="MODULE:FUNCTION",
     help="Your own torch classifier: a function without arguments that returns it.",
 )
-mixed_option = click.option(
-    "--mixed",
+noise_option = click.option(
+    "--noise",
     type=float,
-    help="Share of the FGSM and RAND-FGSM pairs whose image gets another one's perturbation, against substitutes' "
-    "attacks; with the presets quick and paper, and 0 in the paper.",
+    help="Share of the FGSM and RAND-FGSM pairs that get random signs instead of the gradient's, against attacks "
+    "through a substitute; with the presets quick and paper, and 0 in the paper.",
 )
 resume_option = click.option("--resume", is_flag=True, help="Go on from the folder's last state.")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of everything random.")

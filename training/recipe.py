@@ -24,7 +24,7 @@ class Recipe:
         clean: clean images a batch beside them (``fly`` alone).
         images: training images that are attacked (``table`` alone); 0 means all.
         cw_images: training images that are attacked by CW (``table`` alone); 0 means all.
-        mixed: share of the pairs of FGSM and RAND-FGSM in which the image gets another one's perturbation (``table``
+        noise: share of the pairs of FGSM and RAND-FGSM that get random signs instead of the gradient's (``table``
             alone); 0 in the paper.
         learning_rate: Adam's.
         warmup: steps of linear warm-up.
@@ -46,7 +46,7 @@ class Recipe:
     clean: int = 0
     images: int = 0
     cw_images: int = 0
-    mixed: float = 0.0
+    noise: float = 0.0
     learning_rate: float = 5e-4
     warmup: int = 0
     decay: float = 0.0
@@ -81,11 +81,11 @@ class Recipe:
             raise ValueError(
                 "recipe own_agreement_weight: expected pairs 'fly', whose batches have one attacked classifier"
             )
-        if self.mixed and self.pairs != "table":
-            raise ValueError("recipe mixed: expected pairs 'table', made of perturbations that are kept")
+        if self.noise and self.pairs != "table":
+            raise ValueError("recipe noise: expected pairs 'table', which it is a part of")
         if self.learning_rate <= 0:
             raise ValueError(f"recipe learning_rate: expected above 0, got {self.learning_rate}")
-        for name in ("decay", "averaging", "mixed"):
+        for name in ("decay", "averaging", "noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"recipe {name}: expected 0 to below 1, got {getattr(self, name)}")
 

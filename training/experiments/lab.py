@@ -320,7 +320,7 @@ class Lab:
         return TablePairs(
             self.dataset(dataset).train.to(self.device), {name: self.classifier(dataset, name)},
             batch_size=batch_size, seed=self.seed, images=recipe.images or None,
-            cw_images=recipe.cw_images or None, attacks=training_attacks(training), mixed=recipe.mixed, make=make,
+            cw_images=recipe.cw_images or None, attacks=training_attacks(training), noise=recipe.noise, make=make,
         )  # fmt: skip
 
     def folder(self, *parts: str) -> Path:

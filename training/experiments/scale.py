@@ -105,12 +105,15 @@ SCALES: dict[str, Scale] = {
     ),
     # For an hour a classifier on one core: all test images, few training images, a quarter of scale cpu's pairs.
     "short": _SHORT,
-    # Beyond the paper: six in ten of the single-step pairs are mixed. Sizes are short's, batch and rate cpu's.
-    "mixed": replace(
-        _SHORT, name="mixed",
+    # Beyond the paper: random signs in six of ten single-step pairs. Twice as many pairs as short, with cpu's images,
+    # batch and rate.
+    "noise": replace(
+        _SHORT, name="noise",
         purifier=replace(
-            _SHORT.purifier, name="mixed-table", steps=6000, attacked=16, learning_rate=5e-4, warmup=100, mixed=0.6
+            _SHORT.purifier, name="noise-table", images=20_000, cw_images=6_000, steps=12_000, attacked=16,
+            learning_rate=5e-4, warmup=100, noise=0.6,
         ),
+        rec=RetrainSettings(steps=2500, learning_rate=1e-3), e2e=FinetuneSettings(steps=700),
     ),
     # For two cores: all test images, a third of the training images, a tenth for CW.
     "cpu": Scale(
