@@ -60,8 +60,9 @@ read it ("label leaking"): accuracy above that on clean images is a sign of it, 
 In Table 3 the substitute is trained as in the code of Defense-GAN's experiments, which the paper follows: its images
 only ever move towards their label, and B keeps a fifth of each image where Table 5 drops a fifth. Under the mean, the
 same attack through a substitute as it is printed: with steps that turn (Papernot et al.) and the dropout of Table 5.
-On Fashion-MNIST REC and E2E gain less there than in the paper;
-[what was tried](EXPERIMENTS.md#the-black-box-attack) did not close the gap.
+On Fashion-MNIST REC and E2E gain less there than in the paper; [what was tried](EXPERIMENTS.md#the-black-box-attack)
+did not close the gap. Scale `noise` goes beyond the paper in its pairs, not in its loss:
+[random signs](EXPERIMENTS.md#random-signs-among-the-pairs) among them, which help against substitutes.
 
 Each cell has a record with seed, scale, number of images, times, machine, versions, the digests of the weights, and
 the command that measures it again: [docs/results/tables](results/tables). [docs/EXPERIMENTS.md](EXPERIMENTS.md) says
