@@ -66,7 +66,9 @@ def table_command(
     \b
     Scales:
       quick  2,000 training images an attack, 500 test images: to see everything work
-      cpu    20,000 training images an attack (6,000 for CW), all test images: an hour a classifier and core
+      short  10,000 training images an attack (4,000 for CW), all test images: an hour a classifier and core
+      noise  20,000 (6,000), random signs in six of ten single-step pairs: the black-box table, beyond the paper
+      cpu    20,000 training images an attack (6,000 for CW), all test images: hours a classifier and core
       gpu    30,000 training images an attack (20,000 for CW), all test images: minutes of one GPU
       paper  everything, three seeds: hours of one
 
