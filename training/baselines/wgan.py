@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from training.defences import Defence, purifying
 from training.device import place
 from training.loop import Run
 from training.pairs import Order
+from training.precision import autocast
 
 GENERATOR_FILE = "generator.safetensors"
 SEARCH_BATCH = 25  # images searched at once; R times as many candidates travel together
@@ -47,7 +49,7 @@ class Critic(nn.Module):
         return y
 
 
-def gradient_penalty(critic: nn.Module, real: Tensor, made: Tensor, share: Tensor) -> Tensor:
+def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, made: Tensor, share: Tensor) -> Tensor:
     """Mean of (|grad critic(x)| - 1)^2 over images x on the lines between real and made ones.
 
     Args:
@@ -137,8 +139,13 @@ def train_generator(
     distance = torch.zeros((), device=device)
 
     def make() -> Tensor:
-        images: Tensor = generator(torch.randn(count, settings.latent_dim, device=device))
-        return images
+        return _images(generator, torch.randn(count, settings.latent_dim, device=device))
+
+    def score(images: Tensor) -> Tensor:
+        # A context of its own for each: what one has cast without gradients is not kept for the next.
+        with autocast(device):
+            scores: Tensor = critic(images)
+        return scores.float()
 
     def step(number: int) -> Tensor:
         nonlocal distance
@@ -147,19 +154,18 @@ def train_generator(
             real = to_float(train.images[order.take(start, count).to(device)])
             with torch.no_grad():
                 made = make()
-            distance = critic(real).mean() - critic(made).mean()
-            loss = settings.penalty * gradient_penalty(critic, real, made, torch.rand(count, device=device)) - distance
+            distance = score(real).mean() - score(made).mean()
+            loss = settings.penalty * gradient_penalty(score, real, made, torch.rand(count, device=device)) - distance
             optimizers["critic_adam"].zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizers["critic_adam"].step()
         critic.requires_grad_(False)
-        loss = -critic(make()).mean()
+        loss = -score(make()).mean()
         optimizers["generator_adam"].zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizers["generator_adam"].step()
         critic.requires_grad_(True)
-        score: Tensor = loss.detach()
-        return score
+        return loss.detach()
 
     def finish(made: int) -> None:
         header = {
@@ -210,8 +216,15 @@ def defense_gan(
 
     def purify(images: Tensor) -> Tensor:
         found = reconstruct(
-            generator, to_float(images), steps, restarts, latent_dim=generator.latent_dim, seed=seed
+            partial(_images, generator), to_float(images), steps, restarts, latent_dim=generator.latent_dim, seed=seed
         )  # fmt: skip
         return to_uint8(found.images)
 
     return purifying("defense_gan", classifier, purify, batch=SEARCH_BATCH)
+
+
+def _images(generator: nn.Module, z: Tensor) -> Tensor:
+    """float32 images from latents, computed in the precision that the device is fast in."""
+    with autocast(z.device):
+        images: Tensor = generator(z)
+    return images.float()
