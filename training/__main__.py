@@ -290,9 +290,12 @@ def quantize(
 @click.argument("name", type=click.Choice(list(classifiers.CLASSIFIERS)))
 @data_option
 @click.option("--epochs", type=COUNT, default=10, help="Passes over the training images (10 in the paper).")
+@click.option("--batch-size", type=COUNT, default=100, help="Images a step (100 in the paper).")
 @click.option("--force", is_flag=True, help="Replace a classifier that is there already.")
 @device_option
-def classifier(dataset: str, name: str, data: Path | None, epochs: int, force: bool, device: str) -> None:
+def classifier(
+    dataset: str, name: str, data: Path | None, epochs: int, batch_size: int, force: bool, device: str
+) -> None:
     """Train the built-in classifier NAME on DATASET and store it beside the shipped ones.
 
     Purifiers are trained and measured against these files: replacing one makes earlier figures void.
@@ -302,7 +305,7 @@ def classifier(dataset: str, name: str, data: Path | None, epochs: int, force: b
     path = pool.shipped_path(name, loaded)
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists already; --force replaces it")
-    header = pool.train_and_store(name, loaded, path, epochs, where)
+    header = pool.train_and_store(name, loaded, path, epochs, where, batch_size=batch_size)
     click.echo(
         f"{name}: {header['validation_accuracy']:.2f} % on validation, {header['test_accuracy']:.2f} % on test images"
     )

@@ -54,13 +54,16 @@ def check_names(names: tuple[str, ...]) -> None:
         raise ValueError(f"classifiers: expected some of {', '.join(CLASSIFIERS)}, got {', '.join(unknown)}")
 
 
-def train_and_store(name: str, data: Dataset, path: Path, epochs: int, device: torch.device) -> dict[str, Any]:
+def train_and_store(
+    name: str, data: Dataset, path: Path, epochs: int, device: torch.device, *, batch_size: int = 100
+) -> dict[str, Any]:
     """Train a built-in classifier, write it to ``path``, and return what its header says."""
-    model = fit_classifier(name, data, epochs=epochs, device=device)
+    model = fit_classifier(name, data, epochs=epochs, batch_size=batch_size, device=device)
     header = {
         **_identity(data),
         "dataset": data.name,
         "epochs": epochs,
+        "batch_size": batch_size,
         "seed": 0,
         "validation_accuracy": accuracy(model, data.validation.to(device)),
         "test_accuracy": accuracy(model, data.test.to(device)),
