@@ -457,7 +457,6 @@ def test_recipes_of_a_scale() -> None:
     assert scale.recipe("mnist", "C", 0).images == usual.images
     assert SCALES["paper"].recipe("celeba", "A", 0).images == 20_000
     assert SCALES["paper"].recipe("cifar10_jpeg", "A", 0).images == 0
-    assert (scale.epochs("mnist"), scale.epochs("cifar10_jpeg")) == (4, 12)
 
 
 def test_finetuning_weighs_the_classifier_by_data_set() -> None:

@@ -109,7 +109,7 @@ class Lab:
     def classifier(self, dataset: str, name: str) -> nn.Module:
         """The attacked classifier: the repository's, or one trained here; the same for all seeds."""
         folder = self.runs / self.scale.name
-        make = partial(pool.for_run, name, self.dataset(dataset), folder, self.scale.epochs(dataset), self.device)
+        make = partial(pool.for_run, name, self.dataset(dataset), folder, self.scale.classifier_epochs, self.device)
         return self._once("classifier", dataset, name, make=make)  # type: ignore[no-any-return]
 
     def defence(self, dataset: str, name: str, column: str, training: str = "three") -> Made:

@@ -25,7 +25,7 @@ class Scale:
         seeds: run by default; every one trains defences of its own against the same classifiers.
         test_images: test images measured on.
         search_images: test images for Defense-GAN, whose search is slow.
-        classifier_epochs: for classifiers that the repository does not have; CIFAR-10's take three times as many.
+        classifier_epochs: for classifiers that the repository does not have.
         purifier: the purifier's recipe: the paper's pairs and loss.
         trained_batch: pairs a step of ``rec`` and ``e2e``.
         rec: how the classifier is retrained.
@@ -65,10 +65,6 @@ class Scale:
         most = _MOST_IMAGES.get(dataset)
         return replace(recipe, images=min(recipe.images or most, most)) if most else recipe
 
-    def epochs(self, dataset: str) -> int:
-        """For how long a data set's classifiers are trained."""
-        return self.classifier_epochs * _TIMES_THE_EPOCHS.get(dataset, 1)
-
     def finetuning(self, dataset: str, seed: int) -> FinetuneSettings:
         """How purifier and classifier are trained together on a data set."""
         weight = _CLASSIFIER_WEIGHT.get(dataset, self.e2e.classifier_weight)
@@ -78,8 +74,6 @@ class Scale:
 # Lambda of equation 5 where it is not FinetuneSettings' own; docs/EXPERIMENTS.md has the figures that it was chosen by.
 # The other term is a sum over pixels: on CIFAR-10 it is some eight times that on Fashion-MNIST.
 _CLASSIFIER_WEIGHT = {"mnist": 40.0, "cifar10_jpeg": 40.0}
-# D's accuracy on validation images still rises from ten to twenty epochs, by five points.
-_TIMES_THE_EPOCHS = {"cifar10_jpeg": 3}
 # Thirteen copies of every 64x64 image must fit into memory: 20,000 images are 3.2 GB of pairs.
 _MOST_IMAGES = {"celeba": 20_000}
 _QUICK, _PAPER = PRESETS["quick"], PRESETS["paper"]
