@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from defense_vae_fast.nn.model import DefenseVAE
-from training import defence_commands, loop
+from training import defence_commands, loop, precision
 from training.__main__ import cli, main
 from training.attacks import FGSM, predict
+from training.baselines import wgan
 from training.baselines.adversarial_training import AdversarialSettings, train_adversarially
 from training.baselines.defense_gan import Generator
 from training.baselines.magnet import (
@@ -391,6 +393,22 @@ def test_the_generator_learns_the_images(dataset: Dataset, tmp_path: Path, class
     torch.testing.assert_close(again(z), generator(z))
     defence = defense_gan(classifier_d, again, steps=2, restarts=2)
     assert defence.answer(images[:3]).classes.shape == (3,)
+
+
+def test_every_weight_of_generator_and_critic_learns_in_bf16(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The double backward of the gradient penalty reaches all of the critic, the critic's word all of the generator."""
+    monkeypatch.setattr(wgan, "autocast", functools.partial(precision.autocast, amp="bf16"))
+    tensors = []
+    for steps in (1, 2):
+        out = tmp_path / str(steps)
+        train_generator(dataset, GanSettings(steps=steps, batch_size=2, critic_steps=1, latent_dim=4), out)
+        tensors.append(load_file(out / STATE_FILE))
+    before, after = tensors
+    weights = [name for name in before if name.startswith(("generator.", "critic.")) and name.endswith("weight")]
+    assert len(weights) == 8
+    assert not any(torch.equal(before[name], after[name]) for name in weights)
 
 
 # Settings, files, commands

@@ -142,7 +142,6 @@ def train_generator(
         return _images(generator, torch.randn(count, settings.latent_dim, device=device))
 
     def score(images: Tensor) -> Tensor:
-        # A context of its own for each: what one has cast without gradients is not kept for the next.
         with autocast(device):
             scores: Tensor = critic(images)
         return scores.float()
