@@ -51,8 +51,8 @@ attacked through the one that it was trained from, as in the paper; an attacker 
 [did more harm](EXPERIMENTS.md#a-pair-as-a-variant-of-the-shipped-purifier) where that was tried. Classifiers are
 trained by our recipe and are not the paper's: compare a defence with the column "no attack" of the same page too.
 MagNet's figures are of the answers alone, as the paper's are; how many of the attacked images its detectors turn away
-stands under the table. Defense-GAN's generator had 2 % of its authors' steps, and keeps far less than theirs under
-attack: [what was looked into](EXPERIMENTS.md#what-differs-from-the-sources).
+stands under the table. Below scale `paper` Defense-GAN's generator has at most 2 % of its authors' steps, and keeps
+far less than theirs under attack: [what was looked into](EXPERIMENTS.md#what-differs-from-the-sources).
 
 Under the mean, FGSM once more, away from what the classifier *predicts* instead of from the true label. A single step
 away from the true label carries that label in its pattern of signs, and whoever is trained on such images can learn to
