@@ -614,9 +614,10 @@ def test_a_shipped_classifier_is_not_replaced_by_accident(tmp_path: Path, monkey
         (tmp_path / "pets" / name).mkdir(parents=True)
         for number in range(10):
             Image.new("L", (28, 28), number + 100 * (name == "light")).save(tmp_path / "pets" / name / f"{number}.png")
-    command = ["classifier", str(tmp_path / "pets"), "E", "--epochs", "1", "--device", "cpu"]
+    command = ["classifier", str(tmp_path / "pets"), "E", "--epochs", "1", "--batch-size", "5", "--device", "cpu"]
     assert CliRunner().invoke(cli, command, catch_exceptions=False).exit_code == 0
     kept = (tmp_path / "pets_E.safetensors").read_bytes()
+    assert load_classifier(tmp_path / "pets_E.safetensors")[1]["batch_size"] == 5
     with pytest.raises(FileExistsError, match="--force"):
         CliRunner().invoke(cli, command, catch_exceptions=False)
     assert (tmp_path / "pets_E.safetensors").read_bytes() == kept
