@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from defense_vae_fast.architecture import BATCH_NORM_EPSILON, Layer, VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
+from defense_vae_fast.nn import small_maps
 from defense_vae_fast.nn.fused import BatchNormReLU2d, reparameterize
 from defense_vae_fast.nn.kernels.selection import Kernels, check
 
@@ -50,11 +51,14 @@ class Block(nn.Module):
             assert layer.activation == "relu"
             self.norm = BatchNormReLU2d(layer.out_channels, eps=BATCH_NORM_EPSILON, kernels=kernels)
         self.layer = layer
+        self._small = self.bias is None and small_maps.fits(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         if layer.kind == "linear":
             x = nn.functional.linear(x, self.weight, self.bias)
+        elif self._small and x.device.type == "cpu":
+            x = (small_maps.conv if layer.kind == "conv" else small_maps.conv_transpose)(x, self.weight)
         elif layer.kind == "conv":
             x = nn.functional.conv2d(x, self.weight, self.bias, layer.stride, layer.padding)
         else:
