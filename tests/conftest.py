@@ -25,6 +25,8 @@ GPU_REASON = "no CUDA device, or hidden because the tests were not started with 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite, asked for without paths or -n, runs in a process for each core, with one thread each."""
+    # A test that hangs ends with its stack instead of holding up the rest; some have a limit of their own.
+    os.environ.setdefault("PYTEST_TIMEOUT", "600")
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     # Servers and clusters would be in each other's way.
     if (
