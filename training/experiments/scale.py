@@ -129,7 +129,6 @@ SCALES: dict[str, Scale] = {
             # Attacks on D cost next to nothing. With 20,000 images its REC and E2E were 3 points better on those under
             # CW than on validation images.
             ("mnist", "D"): {"images": 0, "cw_images": 0, "epochs": 0, "steps": 32_500},
-            # Four CW attacks on C's 6,000 images take a quarter of an hour of a core.
             **{("cifar10_jpeg", name): {**_CIFAR_ON_A_CPU, "images": 25_000, "steps": 20_000} for name in ("A", "C")},
             ("cifar10_jpeg", "D"): {**_CIFAR_ON_A_CPU, "images": 0, "cw_images": 0, "steps": 24_000},
         },
