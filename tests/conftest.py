@@ -37,6 +37,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     ):
         config.option.numprocesses = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "logical"
         config.option.dist = "loadfile"
+        # A worker that dies ends the run and is said; in place of a new one xdist has been seen to wait for ever.
+        config.option.maxworkerrestart = "0"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which import torch anew
 
 
