@@ -14,9 +14,9 @@ from defense_vae_fast.nn.model import DefenseVAE
 @pytest.mark.parametrize("kind", ["conv", "conv_transpose"])
 def test_it_is_the_convolution(kind, size, layout):
     torch.manual_seed(0)
-    shape, count = ([4, 3], 5) if kind == "conv" else ([3, 4], 5)
+    shape = (4, 3) if kind == "conv" else (3, 4)
     size = [2 * side for side in size] if kind == "conv" else size
-    x = torch.randn(count, 3, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    x = torch.randn(5, 3, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     weight = torch.randn(*shape, 4, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     found = getattr(small_maps, kind)(x, weight)
     right = getattr(F, f"{kind}2d")(x, weight, stride=2, padding=1)
