@@ -128,10 +128,10 @@ def load_samples(dataset: str) -> Samples:
 
 def load_classifier(dataset: str) -> Callable[[Array], Array]:
     """The packaged classifier of a data set: uint8 (N, H, W, C) to (N,) predicted classes."""
-    import openvino
+    from defense_vae_fast.engines.openvino import openvino_core
 
     path = checkpoint.pretrained_classifier(dataset)
-    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = openvino_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def classify(images: Array) -> Array:
         logits: Array = np.asarray(model(np.ascontiguousarray(images))[0])

@@ -23,6 +23,7 @@ from defense_vae_fast.engines import plans
 from defense_vae_fast.engines import tensorrt as tensorrt_engine
 from defense_vae_fast.engines.base import EngineUnavailable
 from defense_vae_fast.engines.buckets import BUCKETS, buckets_for
+from defense_vae_fast.engines.openvino import openvino_core
 
 FORMATS = ("onnx", "openvino", "tensorrt", "tensorrt-rtx")
 KINDS: tuple[onnx_graph.ImageKind, ...] = ("uint8", "float", "half")
@@ -235,7 +236,7 @@ def _check_for_plan(joined: onnx.ModelProto) -> None:
 def _write_openvino(graph: bytes, paths: Sequence[Path], *, compress: bool) -> None:
     import openvino
 
-    model = openvino.Core().read_model(graph)
+    model = openvino_core().read_model(graph)
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=".export-") as folder:
         made = Path(folder) / paths[0].name

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from defense_vae_fast.architecture import VAEConfig
 from defense_vae_fast.checkpoint import Checkpoint
+from defense_vae_fast.engines.openvino import openvino_core
 from defense_vae_fast.onnx_graph import OPSET, PURIFIED, SCORE, ImageKind, Precision, build
 
 Array = npt.NDArray[Any]
@@ -136,10 +137,9 @@ def reference(joined: onnx.ModelProto, images: Array, shift: float) -> tuple[Arr
     Returns:
         float32 logits, and the largest difference.
     """
-    import openvino
+    core = openvino_core()
 
     def compute(model: onnx.ModelProto, given: Array) -> dict[str, Array]:
-        core = openvino.Core()
         compiled = core.compile_model(
             core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
         )

@@ -233,6 +233,30 @@ def test_a_forked_child_is_told(name, checkpoint_path):
     assert done.returncode == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_a_signal_is_survived_when_models_went_in_another_thread(checkpoint_path):
+    """A core of OpenVINO that ends elsewhere leaves the main thread without the stack of its signal handlers."""
+    code = """
+        import os, signal, sys, threading
+        import numpy as np
+        from defense_vae_fast import Purifier
+        from defense_vae_fast.demo import load_classifier
+        heard = []
+        signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+        made = [Purifier.from_pretrained(sys.argv[1], engine="openvino", precision="fp32"), load_classifier("mnist")]
+        for one in made:
+            one(np.zeros((1, 28, 28, 1), np.uint8))
+        del one
+        thread = threading.Thread(target=made.clear)
+        thread.start()
+        thread.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        sys.exit(0 if heard else 1)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(checkpoint_path)], timeout=120, check=False)
+    assert done.returncode == 0
+
+
 def test_auto_goes_on_when_an_engine_does_not_load(checkpoint, monkeypatch):
     def refuse(*_):
         raise EngineUnavailable("no such arithmetic here")

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 from click.testing import CliRunner
 from conftest import random_checkpoint
@@ -14,7 +13,7 @@ from conftest import random_checkpoint
 from defense_vae_fast import Purifier, checkpoint, cli, cuda, doctor
 from defense_vae_fast.engines import plans
 from defense_vae_fast.engines.buckets import BUCKETS
-from defense_vae_fast.engines.openvino import OpenVINOEngine
+from defense_vae_fast.engines.openvino import OpenVINOEngine, openvino_core
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +60,7 @@ def test_openvino_runs_elsewhere(tmp_path, checkpoint_path, expected):
     ]
     assert not [name for name in names(tmp_path) if name.startswith(".")]
     levels, purified = expected
-    compiled = openvino.Core().compile_model(
+    compiled = openvino_core().compile_model(
         tmp_path / "random28.uint8.fp16.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     assert np.abs(compiled(levels)["purified"].astype(int) - purified).max() <= 3

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from defense_vae_fast import VAEConfig, cli, cuda
 from defense_vae_fast.checkpoint import WEIGHTS_FOLDER, Checkpoint, load_checkpoint, save_checkpoint
 from defense_vae_fast.engines import plans
+from defense_vae_fast.engines.openvino import openvino_core
 from defense_vae_fast.joined_graph import join, reference
 from defense_vae_fast.nn.model import DefenseVAE
 from defense_vae_fast.onnx_graph import build
@@ -143,7 +143,7 @@ def test_the_shipped_pair(tmp_path: Path) -> None:
     assert (found["logits"].argmax(1) == labels).mean() > 0.8
     assert (ort(onnx.load(SHIPPED), images)["logits"].argmax(1) == labels).mean() < 0.1
 
-    core = openvino.Core()
+    core = openvino_core()
     compiled = core.compile_model(tmp_path / "joined.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for output, name in zip(compiled.outputs, ("purified", "score", "logits"), strict=True):
         assert name in output.names
@@ -287,7 +287,7 @@ def export(*words: str | Path) -> Result:
 
 
 def run_openvino(path: Path, images: Array) -> dict[str, Array]:
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return {name: value for output, value in compiled(images).items() for name in output.names}
 
 

@@ -8,7 +8,6 @@ from functools import cache, cached_property
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from conftest import random_checkpoint
@@ -16,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 from defense_vae_fast import onnx_graph
 from defense_vae_fast.architecture import VAEConfig
+from defense_vae_fast.engines.openvino import openvino_core
 from defense_vae_fast.nn.model import DefenseVAE
 
 
@@ -110,7 +110,7 @@ def test_openvino_and_onnxruntime_agree(name, image):
     case = CASES[name]
     levels, images = case.images(2)
     fed = images if image == "float" else np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(onnx_graph.build(case.checkpoint, "fp32", image).SerializeToString())
     result = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(fed)
     purified, score = case.session("fp32", image).run(None, {"images": fed})

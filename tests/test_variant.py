@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from defense_vae_fast import Purifier, list_pretrained, pretrained_classifier
 from defense_vae_fast.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from defense_vae_fast.engines.openvino import openvino_core
 from defense_vae_fast.nn.model import DefenseVAE
 from training.__main__ import cli
 from training.attacks import FGSM
@@ -88,7 +88,7 @@ def test_a_better_pair_is_written_and_is_what_was_measured(
     assert max(bare, random) < 30 < 75 < ours
 
     path = pretrained_classifier("fashion_mnist", "e2e")
-    classifier = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    classifier = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     images = dataset.test.images.permute(0, 2, 3, 1).contiguous().numpy()
     with Purifier.from_pretrained("fashion_mnist", variant="e2e", precision="fp32") as purifier:
         assert purifier.info()["checkpoint"]["digest"] == load_checkpoint(released.name).digest

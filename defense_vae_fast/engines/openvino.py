@@ -86,7 +86,7 @@ class OpenVINOEngine(Engine):
         if device not in ("auto", *cls.devices):
             return f"it runs on {', '.join(cls.devices)}, not on {device}"
         try:
-            _core().get_property("CPU", "FULL_DEVICE_NAME")
+            openvino_core().get_property("CPU", "FULL_DEVICE_NAME")
         except ImportError as error:
             return f"the package openvino does not import ({error}); install it with: pip install defense-vae-fast"
         except EngineUnavailable as error:
@@ -112,7 +112,7 @@ class OpenVINOEngine(Engine):
         streams = cores if streams is None else check_count("streams", streams, cores)
         if reason := cls.available(device):
             raise EngineUnavailable(f"the {cls.name} engine cannot work here: {reason}")
-        core = _core()
+        core = openvino_core()
         # OpenVINO's own default is bf16 exactly where the CPU multiplies it natively (AVX512-BF16 or AMX); elsewhere
         # it would emulate bf16, slower than fp32.
         native = str(core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()) == "bf16"
@@ -293,8 +293,12 @@ class _Lane(Lane[_Slot]):
             self.free.put(slot)
 
 
-def _core() -> openvino.Core:
-    """OpenVINO with its plugins; loading the CPU plugin takes some 70 ms, so it is done once.
+def openvino_core() -> openvino.Core:
+    """OpenVINO with its plugins, the only one of this process, and kept until its end.
+
+    Loading the CPU plugin takes some 70 ms. And a core that goes can take the process along: with its plugin a core
+    gives the thread a stack for signal handlers, and one that ends in another thread, or before a later one, leaves
+    that thread with memory that is no longer there (openvino 2026.4). The next Ctrl-C is a segmentation fault then.
 
     Raises:
         EngineUnavailable: this process was forked from one that had loaded it; its threads stayed behind.
