@@ -649,8 +649,8 @@ ROWS = [
     {"checkpoint", "files", "images", "frames"},
     {"onnx_graph", "contact_sheet", "cuda"},
     {"nn"},
-    {"engines", "joined_graph"},
-    {"backlog", "histogram"},
+    {"engines"},
+    {"joined_graph", "backlog", "histogram"},
     {"stream", "regions"},
     {"regions_on_gpu"},
     {"purifier"},  # its ``submit`` and ``stream`` are a stream's
