@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
 
+from defense_vae_fast.checkpoint import load_checkpoint
 from tests.test_data import write_idx
 from training.__main__ import cli
 from training.attacks import PAPER_TEST_ATTACKS, CarliniWagnerL2, DeepFool
@@ -31,12 +32,12 @@ from training.experiments.cells import FROM_SCRATCH, TABLES, Cell, cells, select
 from training.experiments.figures import read_curve
 from training.experiments.lab import training_attacks
 from training.experiments.measure import paper_cell
-from training.experiments.once import train_once
+from training.experiments.once import FINISHED_FILE, train_once
 from training.experiments.processes import STOPPED, Group, run_groups, share_out
 from training.experiments.results import write_results
 from training.experiments.scale import SCALES
 from training.finetune import FinetuneSettings
-from training.fit import STATE_FILE
+from training.fit import CHECKPOINT_FILE, STATE_FILE
 from training.paper import paper_rows, paper_value
 from training.retrain import RetrainSettings
 from training.stopping import stop_signal
@@ -404,6 +405,30 @@ def test_runs_made_with_other_settings_are_not_taken(
     monkeypatch.setitem(SCALES, "quick", replace(TINY, **other))
     with pytest.raises(ValueError, match=rf"made with another {differing}; remove the folder"):
         run("table", "1", *chosen, "--again")
+
+
+def test_a_scale_goes_on_with_anothers_purifier(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALES, "short", replace(TINY, name="short"))
+    monkeypatch.setitem(SCALES, "noise", replace(TINY, name="noise", start={"mnist": "short"}))
+    chosen = ["--dataset", "mnist", "--classifier", "D", "--attack", "fgsm", "--runs", str(tmp_path)]
+    run("table", "1", "--scale", "noise", *chosen, "--column", "defense_vae", "--column", "defense_vae_rec")
+    folder = "seed0/mnist/D-three/defense_vae"
+    first, second = (load_checkpoint(tmp_path / scale / folder / CHECKPOINT_FILE) for scale in ("short", "noise"))
+    assert second.recipe["init"] == {"digest": first.digest, **first.recipe}
+    records = world / "docs/results/tables/noise/table1"
+    record = json.loads((records / "mnist-fgsm-D-defense_vae-seed0.json").read_text())
+    assert record["settings"]["start"] == "short"
+    assert record["digests"]["checkpoint"] == second.digest
+    times = [
+        json.loads((tmp_path / scale / folder / FINISHED_FILE).read_text())["seconds"] for scale in ("short", "noise")
+    ]
+    assert record["training_seconds"] == pytest.approx(sum(times))
+    # What the start was made from has changed, so what was made from it is not taken.
+    (tmp_path / "short" / folder / FINISHED_FILE).unlink()
+    (tmp_path / "short" / folder / STATE_FILE).unlink()
+    monkeypatch.setitem(SCALES, "short", replace(TINY, name="short", purifier=replace(TINY.purifier, epochs=2)))
+    with pytest.raises(ValueError, match=r"made with another init; remove the folder"):
+        run("table", "1", "--scale", "noise", *chosen, "--column", "defense_vae", "--again")
 
 
 def test_the_time_of_a_training_that_was_cut_off_counts_up_to_its_last_state(tmp_path: Path) -> None:
