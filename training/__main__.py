@@ -83,11 +83,11 @@ def fit(
     out: Path | None, init: str | None, resume: bool, tensorboard: bool, amp: Amp | None, kernels: Kernels,
     cuda_graph: bool, device: str,
 ) -> None:  # fmt: skip
-    """Train a purifier for DATASET: fashion_mnist, mnist, or a folder of images, one sub-folder a class.
+    """Train a purifier for DATASET: fashion_mnist, mnist, cifar10_jpeg, celeba, or a folder with a sub-folder a class.
 
-    IDX files are looked for in --data, or else in $DEFENSE_VAE_DATA and Debian's /usr/share/datasets; Fashion-MNIST is
-    downloaded when it is nowhere. A run may be stopped with Ctrl-C at any time and goes on with the same command and
-    --resume.
+    A data set's files are looked for in --data, or else in $DEFENSE_VAE_DATA and Debian's /usr/share/datasets;
+    Fashion-MNIST is downloaded when it is nowhere. A run may be stopped with Ctrl-C at any time and goes on with the
+    same command and --resume.
 
     \b
     Presets, on two cores (quick and paper are estimates):
