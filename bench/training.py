@@ -76,7 +76,7 @@ def make_step(form: Form, images: Tensor, *, amp: Amp, graph: bool, device: str,
     torch.manual_seed(0)
     model = place(DefenseVAE(kernels="triton" if form == "triton" else "torch"), device).train()
     recorder: Recorder | None = CudaGraphs(torch.device(device)) if graph else None
-    optimizer = make_optimizer(model, recipe.learning_rate, recorded=graph)
+    optimizer = make_optimizer(model, recipe, recorded=graph)
     kept = Average(AveragedModel(model), model, recipe.averaging, recorded=graph) if average else None
     network: Any = model
     if form == "compiled":

@@ -49,14 +49,14 @@ class Training:
 
     def __init__(self, split: Split, recipe: Recipe, ranks: Ranks, *, whole: bool = True) -> None:
         torch.manual_seed(1)
-        self.model = DefenseVAE(kernels="torch").double()
+        self.model = DefenseVAE(kernels="torch").double().train()
         self.averaged = AveragedModel(self.model)
         if ranks.group is not None and whole:
             self.model.share(ranks.group)
         judges = [Exact()]
         self.step = Step(
             self._exactly, Average(self.averaged, self.model, recipe.averaging, recorded=False),
-            make_optimizer(self.model.train(), recipe.learning_rate, recorded=False), recipe, split.images, judges,
+            make_optimizer(self.model, recipe, recorded=False), recipe, split.images, judges,
             [judge(to_float(split.images)) for judge in judges], ranks=ranks,
         )  # fmt: skip
         self.source = FlyPairs(split, judges, attacked=recipe.attacked, clean=recipe.clean, seed=0, ranks=ranks)

@@ -19,9 +19,10 @@ from defense_vae_fast.nn.model import DefenseVAE
 from training.data import Dataset, Split, to_float
 from training.device import place
 from training.fit import STATE_FILE, fit
+from training.muon import UPDATE
 from training.pairs import Pairs
 from training.precision import Amp, default_amp
-from training.recipe import Recipe
+from training.recipe import Optimizer, Recipe
 from training.state import load_state, save_state
 from training.step import WARM_UP, Average, CudaGraphs, Recorder, Step, make_optimizer
 
@@ -84,7 +85,7 @@ class Training:
         torch.manual_seed(0)
         self.model = place(DefenseVAE(kernels=kernels), device)
         self.averaged = AveragedModel(self.model)
-        self.optimizer = make_optimizer(self.model, recipe.learning_rate, recorded=recorded)
+        self.optimizer = make_optimizer(self.model, recipe, recorded=recorded)
         self.images, self.recipe, self.judges = images.to(device), recipe, judges
         logits = [judge(to_float(self.images)).detach() for judge in judges]
         self.step = Step(
@@ -119,13 +120,14 @@ def judges(classifier: nn.Module) -> list[nn.Module]:
     return [classifier, nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).requires_grad_(False)]
 
 
-@pytest.mark.parametrize(("amp", "count"), [("bf16", 2), ("fp16", 0)])
+@pytest.mark.parametrize(("amp", "count", "optimizer"), [("bf16", 2, "adam"), ("fp16", 0, "adam"), ("bf16", 0, "muon")])
 def test_a_recorded_step_repeats_the_step_to_the_bit(
-    amp: Amp, count: int, images: Tensor, classifier_d: nn.Module
+    amp: Amp, count: int, optimizer: Optimizer, images: Tensor, classifier_d: nn.Module
 ) -> None:
     recorder, both = CpuRecorder(), judges(classifier_d)[:count]
-    eager = Training(images, both, recorded=True, amp=amp)
-    recorded = Training(images, both, recorded=True, amp=amp, recorder=recorder)
+    recipe = replace(RECIPE, optimizer=optimizer)
+    eager = Training(images, both, recorded=True, amp=amp, recipe=recipe)
+    recorded = Training(images, both, recorded=True, amp=amp, recorder=recorder, recipe=recipe)
     recordings = max(1, count)
     steps = recordings * WARM_UP + 2 * recordings
     losses = eager.run(0, steps)
@@ -135,7 +137,9 @@ def test_a_recorded_step_repeats_the_step_to_the_bit(
     for name, value in eager.state().items():
         assert torch.equal(value, recorded.state()[name]), name
     # Numbers on the device say the same as numbers on the host.
-    assert Training(images, both, recorded=False, amp=amp).run(0, 3) == pytest.approx(losses[:3], rel=1e-3)
+    assert Training(images, both, recorded=False, amp=amp, recipe=recipe).run(0, 3) == pytest.approx(
+        losses[:3], rel=1e-3
+    )
 
 
 def test_the_average_forgets_fast_at_first(images: Tensor) -> None:
@@ -159,13 +163,14 @@ def test_the_average_forgets_fast_at_first(images: Tensor) -> None:
     assert shares[1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_resuming_keeps_the_loss_scale_and_a_step_number_on_the_device(
-    images: Tensor, classifier_d: nn.Module, tmp_path: Path
+@pytest.mark.parametrize(("amp", "optimizer"), [("fp16", "adam"), ("bf16", "muon")])
+def test_resuming_keeps_the_loss_scale_and_the_optimizers_state(
+    amp: Amp, optimizer: Optimizer, images: Tensor, classifier_d: nn.Module, tmp_path: Path
 ) -> None:
     both = judges(classifier_d)
 
     def make() -> Training:
-        return Training(images, both, recorded=True, amp="fp16")
+        return Training(images, both, recorded=True, amp=amp, recipe=replace(RECIPE, optimizer=optimizer))
 
     def files(training: Training) -> dict[str, Any]:
         return {
@@ -178,7 +183,8 @@ def test_resuming_keeps_the_loss_scale_and_a_step_number_on_the_device(
     whole.run(0, 3)
     parts.run(0, 2)
     save_state(tmp_path / "state", step=2, run={}, **files(parts))
-    resumed.step.scaler.load_state_dict({**resumed.step.scaler.state_dict(), "scale": 7.0})
+    if amp == "fp16":
+        resumed.step.scaler.load_state_dict({**resumed.step.scaler.state_dict(), "scale": 7.0})
     load_state(tmp_path / "state", **files(resumed))
     resumed.run(2, 3)
     assert resumed.step.scaler.state_dict() == whole.step.scaler.state_dict()
@@ -197,6 +203,49 @@ def test_a_run_in_fp16_is_not_resumed_in_another_precision(
     with pytest.raises(ValueError, match=rf"differs in amp \('fp16' there, '{default_amp('cpu')}' here\)"):
         fit(data, {"D": classifier_d}, replace(recipe, steps=2), tmp_path, resume=True)
     assert (tmp_path / STATE_FILE).exists()
+
+
+def test_muon_wants_no_scaled_loss_and_is_not_resumed_as_adam(
+    demo_images: tuple[Tensor, Tensor], classifier_d: nn.Module, tmp_path: Path
+) -> None:
+    pictures, labels = demo_images
+    parts = [Split(pictures[a:b], labels[a:b]) for a, b in ((0, 40), (40, 60), (60, 80))]
+    data = Dataset("fashion_mnist", *parts, class_names=tuple(map(str, range(10))))
+    recipe = replace(RECIPE, steps=1, agreement_weight=0.0, optimizer="muon")
+    with pytest.raises(ValueError, match="'muon': expected the precision bf16 or fp32, got fp16"):
+        fit(data, {"D": classifier_d}, recipe, tmp_path, amp="fp16")
+    fit(data, {"D": classifier_d}, recipe, tmp_path)
+    with pytest.raises(ValueError, match=r"differs in optimizer \('muon' there, None here\)"):
+        fit(data, {"D": classifier_d}, replace(recipe, steps=2, optimizer="adam"), tmp_path, resume=True)
+
+
+def test_muon_moves_hidden_matrices_alike_in_all_directions_and_the_rest_as_adam() -> None:
+    torch.manual_seed(0)
+    model = DefenseVAE()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    reference = DefenseVAE()
+    reference.load_state_dict(model.state_dict())
+    gradients = {name: torch.randn_like(weight) for name, weight in before.items()}
+    # One direction some two hundred times as steep as the others.
+    steep = torch.outer(torch.randn(256), torch.randn(4096))
+    gradients["mu.weight"] = gradients["mu.weight"] + 20 * steep[:128]
+    for network in (model, reference):
+        for name, weight in network.named_parameters():
+            weight.grad = gradients[name]
+    make_optimizer(model, replace(RECIPE, optimizer="muon"), recorded=False).step()
+    make_optimizer(reference, RECIPE, recorded=False).step()
+    others = dict(reference.named_parameters())
+    hidden = {"mu.weight"} | {f"{part}{number}.weight" for part in ("encoder", "decoder") for number in range(2, 5)}
+    hidden.add("decoder1.weight")
+    for name, weight in model.named_parameters():
+        if name not in hidden:
+            torch.testing.assert_close(weight, others[name], msg=name)
+            continue
+        moved = (before[name] - weight.detach()).flatten(1) / RECIPE.learning_rate
+        rms = float(moved.square().mean().sqrt())
+        assert 0.7 * UPDATE < rms < 1.2 * UPDATE, (name, rms)
+        values = torch.linalg.svdvals(moved)
+        assert float(values[0] / values.median()) < 2, name
 
 
 def test_forced_kernels_that_cannot_run_stop_a_fit(

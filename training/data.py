@@ -64,6 +64,16 @@ class Split:
         """The first ``count`` images; all of them where None."""
         return Split(self.images[:count], self.labels[:count])
 
+    def mirrored(self) -> Split:
+        """Twice as many: every image and its mirror image.
+
+        The first half has every other image turned, the second half the others, so that half of any stretch is turned.
+        """
+        turned = self.images.flip(-1)
+        odd = (torch.arange(len(self), device=self.images.device) % 2 == 1).view(-1, 1, 1, 1)
+        images = torch.cat([torch.where(odd, turned, self.images), torch.where(odd, self.images, turned)])
+        return Split(images, self.labels.repeat(2))
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -96,11 +96,15 @@ def fit(
         FileExistsError: ``out`` holds a run and ``resume`` was not asked for.
         FileNotFoundError: ``resume`` was asked for and ``out`` holds no run.
         RuntimeError: ``kernels`` cannot run here, or the step cannot be captured.
-        ValueError: the state to resume belongs to another recipe or other data, ``init`` is of another shape, or the
-            ranks cannot share a batch evenly.
+        ValueError: the state to resume belongs to another recipe or other data, ``init`` is of another shape, the
+            ranks cannot share a batch evenly, or ``amp`` is fp16 where the optimizer is Muon.
     """
     device = torch.device(device)
     amp = amp or default_amp(device)
+    if recipe.optimizer == "muon" and amp == "fp16":
+        raise ValueError(
+            "optimizer 'muon': expected the precision bf16 or fp32, got fp16, whose scaled loss it cannot use"
+        )
     state_path = out / STATE_FILE
     about = {
         **recipe.to_dict(),
@@ -127,10 +131,10 @@ def fit(
     )  # fmt: skip
     averaged = AveragedModel(model)
     recorder = CudaGraphs(device) if cuda_graph and device.type == "cuda" else None
-    optimizer = make_optimizer(model, recipe.learning_rate, recorded=recorder is not None)
+    optimizer = make_optimizer(model, recipe, recorded=recorder is not None)
     if ranks.group is not None:
         model.share(ranks.group)  # after it was copied for the average, which a process group cannot be
-    train = data.train.to(device)
+    train = (data.train.mirrored() if recipe.mirrored else data.train).to(device)
     source = pairs or pair_source(train, classifiers, recipe, ranks=ranks)
     steps = recipe.steps or recipe.epochs * source.steps_per_epoch
     # The classifiers' word on every clean image is read once, not at every step.

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from training.classifiers import MODERN_CLASSIFIERS, PAPER_CLASSIFIERS
 
+Optimizer = Literal["adam", "muon"]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -26,6 +28,8 @@ class Recipe:
         cw_images: training images that are attacked by CW (``table`` alone); 0 means all.
         noise: share of the pairs of FGSM and RAND-FGSM that get random signs instead of the gradient's (``table``
             alone); 0 in the paper.
+        mirrored: attack mirror images of the training images too; ``images`` and ``cw_images`` count both.
+        optimizer: ``adam``, or ``muon`` for the matrices and Adam for the rest (:mod:`training.muon`).
         learning_rate: Adam's.
         warmup: steps of linear warm-up.
         decay: share of the steps, at the end, over which the rate falls linearly to 0.
@@ -47,6 +51,8 @@ class Recipe:
     images: int = 0
     cw_images: int = 0
     noise: float = 0.0
+    mirrored: bool = False
+    optimizer: Optimizer = "adam"
     learning_rate: float = 5e-4
     warmup: int = 0
     decay: float = 0.0
@@ -60,6 +66,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.pairs not in ("table", "fly"):
             raise ValueError(f"recipe pairs: expected 'table' or 'fly', got {self.pairs!r}")
+        if self.optimizer not in ("adam", "muon"):
+            raise ValueError(f"recipe optimizer: expected 'adam' or 'muon', got {self.optimizer!r}")
         if not self.classifiers:
             raise ValueError("recipe classifiers: expected at least one, got none")
         for field in fields(self):
@@ -90,8 +98,13 @@ class Recipe:
                 raise ValueError(f"recipe {name}: expected 0 to below 1, got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary for a header."""
-        return {**asdict(self), "classifiers": list(self.classifiers)}
+        """Plain dictionary for a header.
+
+        ``mirrored`` and ``optimizer`` are left out where they are as in all runs of before there was a choice.
+        """
+        values = {**asdict(self), "classifiers": list(self.classifiers)}
+        usual = {"mirrored": False, "optimizer": "adam"}
+        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of step ``step`` (from 0) of ``steps``: warm-up, plateau, linear decay."""

@@ -67,11 +67,11 @@ def check_state(path: Path, run: Mapping[str, Any], steps: int | None = None) ->
         found.setdefault("amp", "bf16")
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise _damaged(path, error) from error
-    differing = [key for key in run if key != "steps" and found.get(key) != run[key]]
+    differing = [key for key in {**run, **found} if key not in ("step", "steps") and found.get(key) != run.get(key)]
     if differing:
         raise ValueError(
             f"{path}: the run to resume is another one; it differs in "
-            + ", ".join(f"{key} ({found.get(key)!r} there, {run[key]!r} here)" for key in differing)
+            + ", ".join(f"{key} ({found.get(key)!r} there, {run.get(key)!r} here)" for key in differing)
         )
     if steps is not None and step > steps:
         raise ValueError(

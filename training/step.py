@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from defense_vae_fast.nn.losses import agreement_loss, defense_vae_loss
-from defense_vae_fast.nn.model import VAEOutput
+from defense_vae_fast.nn.model import DefenseVAE, VAEOutput
 from training.data import to_float
 from training.distributed import ALONE, Ranks
+from training.muon import Muon
 from training.pairs import Pairs
 from training.precision import Amp, autocast
 from training.recipe import Recipe
@@ -73,12 +74,22 @@ class CudaGraphs:
         return graph.replay
 
 
-def make_optimizer(model: nn.Module, rate: float, *, recorded: bool) -> torch.optim.Adam:
-    """Adam in one fused kernel; ``recorded`` keeps rate and step number on the device, where a recording reads them."""
-    lr: float | Tensor = rate
+def make_optimizer(model: DefenseVAE, recipe: Recipe, *, recorded: bool) -> torch.optim.Optimizer:
+    """A recipe's optimizer; ``recorded`` keeps rate and step number on the device, where a recording reads them.
+
+    Adam is one fused kernel. Muon gets the weights between the first layer and the last, which see pixels, and not
+    the log-variance's: without a KL term its gradient vanishes, and Muon would make whole steps of what is left.
+    """
+    lr: float | Tensor = recipe.learning_rate
     if recorded:
-        lr = torch.tensor(rate, device=next(model.parameters()).device)
-    return torch.optim.Adam(model.parameters(), lr, fused=True, capturable=recorded)
+        lr = torch.tensor(recipe.learning_rate, device=next(model.parameters()).device)
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr, fused=True, capturable=recorded)
+    layers = model.config.layers()
+    names = {f"{layer.name}.weight" for layer in layers[1:-1] if layer.name != "logvar"}
+    weights = dict(model.named_parameters())
+    matrices = [weight for name, weight in weights.items() if name in names]
+    return Muon(matrices, [weight for name, weight in weights.items() if name not in names], lr)
 
 
 class Average:

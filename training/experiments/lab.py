@@ -181,7 +181,7 @@ class Lab:
         self, dataset: str, name: str, column: str, training: str, attacked: nn.Module, digests: dict[str, str]
     ) -> Made:
         """REC, or E2E after it."""
-        loaded = self.dataset(dataset)
+        loaded = self._training_data(dataset, name)
         vae, seconds, purifier_digest = self._purifier(dataset, name, training)
         vae.requires_grad_(False)
         pairs = partial(self._pairs, dataset, name, training, self.scale.trained_batch)
@@ -320,12 +320,18 @@ class Lab:
         )  # fmt: skip
         return Split(made, split.labels)
 
+    def _training_data(self, dataset: str, name: str) -> Dataset:
+        """The data set, with mirror images among the training images where a classifier's recipe has them."""
+        data = self.dataset(dataset)
+        mirrored = self.scale.recipe(dataset, name, self.seed).mirrored
+        return replace(data, train=data.train.mirrored()) if mirrored else data
+
     def _pairs(self, dataset: str, name: str, training: str, batch_size: int) -> PairSource:
         recipe = self.scale.recipe(dataset, name, self.seed)
         # The same attacked images for every seed: they cost the most.
         make = partial(_make_kept, folder=self.runs / "attacked")
         return TablePairs(
-            self.dataset(dataset).train.to(self.device), {name: self.classifier(dataset, name)},
+            self._training_data(dataset, name).train.to(self.device), {name: self.classifier(dataset, name)},
             batch_size=batch_size, seed=self.seed, images=recipe.images or None,
             cw_images=recipe.cw_images or None, attacks=training_attacks(training), noise=recipe.noise, make=make,
         )  # fmt: skip
