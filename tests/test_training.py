@@ -360,11 +360,15 @@ def weights(path: Path) -> dict[str, Tensor]:
     return {name: torch.from_numpy(tensor.copy()) for name, tensor in load_checkpoint(path).tensors.items()}
 
 
-@pytest.mark.parametrize(("pairs", "noise"), [("fly", 0.0), ("table", 0.0), ("table", 0.5)])
+@pytest.mark.parametrize(
+    "change",
+    [{"pairs": "fly"}, {"pairs": "table"}, {"pairs": "table", "noise": 0.5}, {"optimizer": "muon", "mirrored": True}],
+    ids=str,
+)
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
-    pairs: str, noise: float, dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
+    change: dict[str, object], dataset: Dataset, classifier_d: nn.Module, tmp_path: Path
 ) -> None:
-    recipe = replace(TINY, pairs=pairs, noise=noise, images=8, cw_images=2, decay=0.0)
+    recipe = replace(TINY, images=8, cw_images=2, decay=0.0, **change)  # type: ignore[arg-type]
     whole = fit(dataset, {"D": classifier_d}, recipe, tmp_path / "whole")
     fit(dataset, {"D": classifier_d}, replace(recipe, steps=4), tmp_path / "parts")
     torch.manual_seed(99)
@@ -393,6 +397,23 @@ def test_training_lowers_the_loss_and_writes_what_it_promises(
     assert header.recipe["steps_made"] == 38
     assert set(header.accuracies["validation"]) == {"clean", "fgsm_0.3"}
     assert header.versions["torch"] == torch.__version__
+
+
+def test_mirror_images_are_trained_on_too(dataset: Dataset, classifier_d: nn.Module, tmp_path: Path) -> None:
+    split = dataset.train
+    doubled, count = split.mirrored(), len(split)
+    for part in (doubled.first(count), Split(doubled.images[count:], doubled.labels[count:])):
+        assert torch.equal(part.labels, split.labels)
+        turned = [torch.equal(*pair) for pair in zip(part.images, split.images.flip(-1), strict=True)]
+        assert sum(turned) == count // 2
+    assert {image.numpy().tobytes() for image in doubled.images} == {
+        image.numpy().tobytes() for image in torch.cat([split.images, split.images.flip(-1)])
+    }
+    recipe = replace(TINY, steps=38, agreement_weight=0.0, mirrored=True)
+    result = fit(dataset, {"D": classifier_d}, recipe, tmp_path)
+    lines = [json.loads(line)["step"] for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert lines == [len(doubled) // 4, 38], "an epoch has both"
+    assert load_checkpoint(result.checkpoint).recipe["mirrored"]
 
 
 def test_a_classifier_named_twice_has_more_turns_and_judges_its_own_images(
@@ -509,7 +530,7 @@ def test_learning_rate_stays_within_its_peak(name: str) -> None:
         {"pairs": "both"}, {"classifiers": ()}, {"steps": 0}, {"epochs": 3}, {"attacked": 0}, {"kl_weight": -1.0},
         {"learning_rate": 0.0}, {"averaging": 1.0}, {"kl_weight": math.nan}, {"steps": 1.5},
         {"latent_dim": 0}, {"agreement_weight": math.inf}, {"pairs": "table", "own_agreement_weight": 1.0},
-        {"pairs": "fly", "noise": 0.5}, {"pairs": "table", "noise": 1.0},
+        {"pairs": "fly", "noise": 0.5}, {"pairs": "table", "noise": 1.0}, {"optimizer": "sgd"},
     ],
     ids=str,
 )  # fmt: skip

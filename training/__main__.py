@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -54,6 +54,12 @@ def cli(context: click.Context) -> None:
 @click.option("--steps", type=COUNT, help="Optimizer steps instead of the preset's length.")
 @click.option("--kl-weight", type=float, help="Weight of the KL term: 1 in the paper's text, 0 in its released code.")
 @noise_option
+@click.option("--mirrored", is_flag=True, help="Train on mirror images of the training images, too.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(get_args(recipe.Optimizer)),
+    help="adam, or muon: steps that go further in all directions of the weights. [default: the preset's, adam]",
+)
 @click.option("--latent-dim", type=int, help="Size of the latent.")
 @click.option("--seed", type=int, help="Seed of everything random.")
 @click.option(
@@ -79,9 +85,9 @@ def cli(context: click.Context) -> None:
 @device_option
 def fit(
     dataset: str, preset: str, data: Path | None, own: str | None, names: str | None, classifier_epochs: int,
-    steps: int | None, kl_weight: float | None, noise: float | None, latent_dim: int | None, seed: int | None,
-    out: Path | None, init: str | None, resume: bool, tensorboard: bool, amp: Amp | None, kernels: Kernels,
-    cuda_graph: bool, device: str,
+    steps: int | None, kl_weight: float | None, noise: float | None, mirrored: bool,
+    optimizer: recipe.Optimizer | None, latent_dim: int | None, seed: int | None, out: Path | None, init: str | None,
+    resume: bool, tensorboard: bool, amp: Amp | None, kernels: Kernels, cuda_graph: bool, device: str,
 ) -> None:  # fmt: skip
     """Train a purifier for DATASET: fashion_mnist, mnist, cifar10_jpeg, celeba, or a folder with a sub-folder a class.
 
@@ -112,8 +118,9 @@ def fit(
     if own and names:
         raise ValueError("fit: expected --classifier or --classifiers, got both; name one")
     chosen = recipe.preset(
-        preset, steps=steps, epochs=0 if steps else None, kl_weight=kl_weight, noise=noise, latent_dim=latent_dim,
-        seed=seed, classifiers=(own,) if own else tuple(names.split(",")) if names else None,
+        preset, steps=steps, epochs=0 if steps else None, kl_weight=kl_weight, noise=noise,
+        mirrored=mirrored or None, optimizer=optimizer, latent_dim=latent_dim, seed=seed,
+        classifiers=(own,) if own else tuple(names.split(",")) if names else None,
     )  # fmt: skip
     if not own:
         pool.check_names(chosen.classifiers)

@@ -61,7 +61,7 @@ def _orthogonal(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
 def orthogonalize(matrix: Tensor) -> Tensor:
     """(m, n) -> the nearest matrix whose singular values are alike: all between 0.7 and 1.2, but for tiny ones."""
     a, b, c = QUINTIC
-    x = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.T.bfloat16()
+    x: Tensor = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.T.bfloat16()
     x = x / (x.norm() + 1e-7)
     for _ in range(ROUNDS):
         gram = x @ x.T

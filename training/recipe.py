@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from training.classifiers import MODERN_CLASSIFIERS, PAPER_CLASSIFIERS
 
@@ -66,7 +66,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.pairs not in ("table", "fly"):
             raise ValueError(f"recipe pairs: expected 'table' or 'fly', got {self.pairs!r}")
-        if self.optimizer not in ("adam", "muon"):
+        if self.optimizer not in get_args(Optimizer):
             raise ValueError(f"recipe optimizer: expected 'adam' or 'muon', got {self.optimizer!r}")
         if not self.classifiers:
             raise ValueError("recipe classifiers: expected at least one, got none")
