@@ -412,7 +412,7 @@ def test_mirror_images_are_trained_on_too(dataset: Dataset, classifier_d: nn.Mod
     recipe = replace(TINY, steps=38, agreement_weight=0.0, mirrored=True)
     result = fit(dataset, {"D": classifier_d}, recipe, tmp_path)
     lines = [json.loads(line)["step"] for line in (tmp_path / LOG_FILE).read_text().splitlines()]
-    assert lines == [len(doubled) // 4, 38], "an epoch has both"
+    assert lines == [len(doubled) // 16, 38], "an epoch has both"
     assert load_checkpoint(result.checkpoint).recipe["mirrored"]
 
 
