@@ -409,7 +409,8 @@ def test_runs_made_with_other_settings_are_not_taken(
 
 def test_a_scale_goes_on_with_anothers_purifier(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCALES, "short", replace(TINY, name="short"))
-    monkeypatch.setitem(SCALES, "noise", replace(TINY, name="noise", start={"mnist": "short"}))
+    further = replace(TINY.purifier, mirrored=True, optimizer="muon")
+    monkeypatch.setitem(SCALES, "noise", replace(TINY, name="noise", purifier=further, start={"mnist": "short"}))
     chosen = ["--dataset", "mnist", "--classifier", "D", "--attack", "fgsm", "--runs", str(tmp_path)]
     run("table", "1", "--scale", "noise", *chosen, "--column", "defense_vae", "--column", "defense_vae_rec")
     folder = "seed0/mnist/D-three/defense_vae"
@@ -418,6 +419,7 @@ def test_a_scale_goes_on_with_anothers_purifier(world: Path, tmp_path: Path, mon
     records = world / "docs/results/tables/noise/table1"
     record = json.loads((records / "mnist-fgsm-D-defense_vae-seed0.json").read_text())
     assert record["settings"]["start"] == "short"
+    assert (record["settings"]["mirrored"], record["settings"]["optimizer"]) == (True, "muon")
     assert record["digests"]["checkpoint"] == second.digest
     times = [
         json.loads((tmp_path / scale / folder / FINISHED_FILE).read_text())["seconds"] for scale in ("short", "noise")
