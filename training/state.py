@@ -63,8 +63,8 @@ def check_state(path: Path, run: Mapping[str, Any], steps: int | None = None) ->
         with safe_open(path, "pt") as file:
             found = json.loads(file.metadata()["run"])
         step = int(found["step"])
-        # States of before there was a choice have no such entry.
-        found.setdefault("amp", "bf16")
+        if "amp" in run:  # states of before there was a choice have no such entry
+            found.setdefault("amp", "bf16")
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise _damaged(path, error) from error
     differing = [key for key in {**run, **found} if key not in ("step", "steps") and found.get(key) != run.get(key)]
