@@ -182,7 +182,7 @@ class Purifier:
         ``images`` are checked and copied before this returns, so their memory may be reused. What was submitted cannot
         be cancelled. When the queue is full this waits for room in it. All calls share one :meth:`stream` with the
         defaults, whose batches hold what several callers submitted: an engine that chooses its kernels by the size of a
-        batch (torch; openvino in fp32 on some CPUs) may round in another way than when it is called.
+        batch (torch) may round in another way than when it is called.
 
         Raises:
             TypeError, ValueError, RuntimeError: as calling the Purifier, at once and not in the future.

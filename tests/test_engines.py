@@ -121,10 +121,11 @@ def test_larger_colour_networks(name, shape):
         assert np.abs(loaded.run(levels)[0] - 255 * expected.transpose(0, 2, 3, 1)).max() <= 0.53
 
 
-def test_an_image_gets_the_same_bytes_in_any_openvino_batch(checkpoint):
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_an_image_gets_the_same_bytes_in_any_openvino_batch(checkpoint, precision):
     """Not promised across CPUs, but held where the tests run: images do not mix, whatever a request's size."""
     levels, _ = pixels(40)
-    with OpenVINOEngine.load(checkpoint) as loaded:
+    with OpenVINOEngine.load(checkpoint, precision) as loaded:
         purified, scores = loaded.run(levels)
         for count in range(1, len(levels)):
             part, part_scores = loaded.run(levels[-count:])

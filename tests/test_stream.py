@@ -204,9 +204,8 @@ def test_submitted_batches_share_the_queue(checkpoint: Checkpoint, engine: str) 
         for batch, future in zip(batches, futures, strict=True):
             images, scores = future.result(WAIT)
             right, right_scores = purify(batch, return_score=True)
-            # Batches are cut as they come. OpenVINO's fp32 has other last bits in some sizes, on a CPU with AVX-512.
             assert np.abs(images.astype("i2") - right).max() <= (0 if engine == "openvino" else 1)
-            np.testing.assert_allclose(scores, right_scores, rtol=0, atol=1e-6 if engine == "openvino" else 1e-5)
+            np.testing.assert_allclose(scores, right_scores, rtol=0, atol=0 if engine == "openvino" else 1e-5)
         assert purify._submissions.stats()["frames_out"] == sum(map(len, batches))
 
 
