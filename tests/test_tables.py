@@ -32,7 +32,7 @@ from training.experiments.cells import FROM_SCRATCH, TABLES, Cell, cells, select
 from training.experiments.figures import read_curve
 from training.experiments.lab import training_attacks
 from training.experiments.measure import paper_cell
-from training.experiments.once import FINISHED_FILE, train_once
+from training.experiments.once import train_once
 from training.experiments.processes import STOPPED, Group, run_groups, share_out
 from training.experiments.results import write_results
 from training.experiments.scale import SCALES
@@ -407,30 +407,23 @@ def test_runs_made_with_other_settings_are_not_taken(
         run("table", "1", *chosen, "--again")
 
 
-def test_a_scale_goes_on_with_anothers_purifier(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCALES, "short", replace(TINY, name="short"))
-    further = replace(TINY.purifier, mirrored=True, optimizer="muon")
-    monkeypatch.setitem(SCALES, "noise", replace(TINY, name="noise", purifier=further, start={"mnist": "short"}))
+def test_a_scale_with_mirror_images_and_muon(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(TINY.purifier, mirrored=True, optimizer="muon")
+    monkeypatch.setitem(SCALES, "short", replace(TINY, name="short", purifier=recipe))
     chosen = ["--dataset", "mnist", "--classifier", "D", "--attack", "fgsm", "--runs", str(tmp_path)]
-    run("table", "1", "--scale", "noise", *chosen, "--column", "defense_vae", "--column", "defense_vae_rec")
-    folder = "seed0/mnist/D-three/defense_vae"
-    first, second = (load_checkpoint(tmp_path / scale / folder / CHECKPOINT_FILE) for scale in ("short", "noise"))
-    assert second.recipe["init"] == {"digest": first.digest, **first.recipe}
-    records = world / "docs/results/tables/noise/table1"
-    record = json.loads((records / "mnist-fgsm-D-defense_vae-seed0.json").read_text())
-    assert record["settings"]["start"] == "short"
+    run("table", "1", "--scale", "short", *chosen, "--column", "defense_vae", "--column", "defense_vae_rec")
+    made = load_checkpoint(tmp_path / "short/seed0/mnist/D-three/defense_vae" / CHECKPOINT_FILE)
+    records = world / "docs/results/tables/short/table1"
+    record, rec = (
+        json.loads((records / f"mnist-fgsm-D-{column}-seed0.json").read_text())
+        for column in ("defense_vae", "defense_vae_rec")
+    )
     assert (record["settings"]["mirrored"], record["settings"]["optimizer"]) == (True, "muon")
-    assert record["digests"]["checkpoint"] == second.digest
-    times = [
-        json.loads((tmp_path / scale / folder / FINISHED_FILE).read_text())["seconds"] for scale in ("short", "noise")
-    ]
-    assert record["training_seconds"] == pytest.approx(sum(times))
-    # What the start was made from has changed, so what was made from it is not taken.
-    (tmp_path / "short" / folder / FINISHED_FILE).unlink()
-    (tmp_path / "short" / folder / STATE_FILE).unlink()
-    monkeypatch.setitem(SCALES, "short", replace(TINY, name="short", purifier=replace(TINY.purifier, epochs=2)))
-    with pytest.raises(ValueError, match=r"made with another init; remove the folder"):
-        run("table", "1", "--scale", "noise", *chosen, "--column", "defense_vae", "--again")
+    assert record["digests"]["checkpoint"] == rec["digests"]["checkpoint"] == made.digest
+    # What it was made from has changed, so what was made from it is not taken.
+    monkeypatch.setitem(SCALES, "short", replace(TINY, name="short", purifier=replace(recipe, optimizer="adam")))
+    with pytest.raises(ValueError, match=r"made with another optimizer; remove the folder"):
+        run("table", "1", "--scale", "short", *chosen, "--column", "defense_vae", "--again")
 
 
 def test_the_time_of_a_training_that_was_cut_off_counts_up_to_its_last_state(tmp_path: Path) -> None:

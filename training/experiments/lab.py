@@ -37,7 +37,7 @@ from training.defences import Defence, bare, defense_vae
 from training.device import place
 from training.experiments.cells import FROM_SCRATCH
 from training.experiments.once import train_once
-from training.experiments.scale import SCALES, Scale
+from training.experiments.scale import Scale
 from training.finetune import finetune
 from training.fit import CHECKPOINT_FILE, fit
 from training.pairs import PairSource, TablePairs
@@ -138,8 +138,7 @@ class Lab:
             return Made(defense_vae(attacked, vae), 0.0, {**digests, "checkpoint": bundle.digest}, {})
         if column == "defense_vae":
             vae, seconds, digest = self._purifier(dataset, name, training)
-            start = self.scale.start.get(dataset)
-            settings = {**self.scale.recipe(dataset, name, self.seed).to_dict(), **({"start": start} if start else {})}
+            settings = self.scale.recipe(dataset, name, self.seed).to_dict()
             return Made(defense_vae(attacked, vae), seconds, {**digests, "checkpoint": digest}, settings)
         if column in ("defense_vae_rec", "defense_vae_e2e", FROM_SCRATCH):
             return self._trained_classifier(dataset, name, column, training, attacked, digests)
@@ -160,20 +159,14 @@ class Lab:
             **recipe.to_dict(), "training": [repr(attack) for attack in training_attacks(training)],
             "attacked_classifier": weights_digest(attacked), "data": loaded.digest,
         }  # fmt: skip
-        init, before = None, 0.0
-        if start := self.scale.start.get(dataset):
-            first = replace(self, scale=SCALES[start], _kept={})
-            before = first._purifier(dataset, name, training)[1]
-            init = load_checkpoint(first.folder(dataset, f"{name}-{training}", "defense_vae") / CHECKPOINT_FILE)
-            settings["init"] = init.digest
 
         def train(resume: bool) -> bool:
             pairs = self._pairs(dataset, name, training, recipe.attacked)
             return fit(
-                loaded, {name: attacked}, recipe, folder, device=self.device, pairs=pairs, init=init, resume=resume
+                loaded, {name: attacked}, recipe, folder, device=self.device, pairs=pairs, resume=resume
             ).finished  # fmt: skip
 
-        seconds = before + train_once(folder, settings, train)
+        seconds = train_once(folder, settings, train)
         bundle = load_checkpoint(folder / CHECKPOINT_FILE)
         return place(DefenseVAE.from_checkpoint(bundle), self.device), seconds, bundle.digest
 

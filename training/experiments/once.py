@@ -36,7 +36,9 @@ def train_once(folder: Path, settings: dict[str, Any], train: Callable[[bool], b
     if path.exists():
         found = json.loads(path.read_text())
         if found["settings"] != settings:
-            differing = [key for key in settings if found["settings"].get(key) != settings[key]]
+            differing = [
+                key for key in {**settings, **found["settings"]} if found["settings"].get(key) != settings.get(key)
+            ]
             raise ValueError(
                 f"{folder}: was made with another {', '.join(differing)}; remove the folder, or name other --runs"
             )

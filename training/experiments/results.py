@@ -63,9 +63,8 @@ only ever move towards their label, and B keeps a fifth of each image where Tabl
 same attack through a substitute as it is printed: with steps that turn (Papernot et al.) and the dropout of Table 5.
 On Fashion-MNIST REC and E2E gain less there than in the paper, whatever
 [was tried](EXPERIMENTS.md#the-black-box-attack) with its pairs. Scale `noise` goes beyond the paper in its pairs, not
-in its loss: [random signs](EXPERIMENTS.md#random-signs-among-the-pairs) among them help against substitutes. On
-CIFAR-10 Defense-VAE without REC or E2E falls short in Table 7;
-[its section](EXPERIMENTS.md#cifar-10) has what is behind that.
+in its loss: [random signs](EXPERIMENTS.md#random-signs-among-the-pairs) among them help against substitutes.
+[CIFAR-10](EXPERIMENTS.md#cifar-10) has a recipe of its own.
 
 Each cell has a record with seed, scale, number of images, times, machine, versions, the digests of the weights, and
 the command that measures it again: [docs/results/tables](results/tables). [docs/EXPERIMENTS.md](EXPERIMENTS.md) says
