@@ -525,6 +525,12 @@ def test_learning_rate_stays_within_its_peak(name: str) -> None:
     assert rates[-1] == pytest.approx(recipe.learning_rate / (recipe.decay * 1000) if recipe.decay else rates[0])
 
 
+@pytest.mark.parametrize(("name", "attacked", "clean"), [("polish", 80, 48), ("pooled", 96, 32), ("paper", 128, 0)])
+def test_another_batch_keeps_the_share_of_clean_images(name: str, attacked: int, clean: int) -> None:
+    recipe = preset(name, batch_size=128)
+    assert (recipe.attacked, recipe.clean) == (attacked, clean)
+
+
 @pytest.mark.parametrize(
     "change",
     [

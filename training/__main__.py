@@ -52,6 +52,7 @@ def cli(context: click.Context) -> None:
     "--classifier-epochs", type=COUNT, default=10, help="Epochs for built-in classifiers that have to be trained first."
 )
 @click.option("--steps", type=COUNT, help="Optimizer steps instead of the preset's length.")
+@click.option("--batch-size", type=COUNT, help="Images a batch instead of the preset's; the clean ones' share stays.")
 @click.option("--kl-weight", type=float, help="Weight of the KL term: 1 in the paper's text, 0 in its released code.")
 @noise_option
 @click.option("--mirrored", is_flag=True, help="Train on mirror images of the training images, too.")
@@ -85,7 +86,7 @@ def cli(context: click.Context) -> None:
 @device_option
 def fit(
     dataset: str, preset: str, data: Path | None, own: str | None, names: str | None, classifier_epochs: int,
-    steps: int | None, kl_weight: float | None, noise: float | None, mirrored: bool,
+    steps: int | None, batch_size: int | None, kl_weight: float | None, noise: float | None, mirrored: bool,
     optimizer: recipe.Optimizer | None, latent_dim: int | None, seed: int | None, out: Path | None, init: str | None,
     resume: bool, tensorboard: bool, amp: Amp | None, kernels: Kernels, cuda_graph: bool, device: str,
 ) -> None:  # fmt: skip
@@ -118,7 +119,7 @@ def fit(
     if own and names:
         raise ValueError("fit: expected --classifier or --classifiers, got both; name one")
     chosen = recipe.preset(
-        preset, steps=steps, epochs=0 if steps else None, kl_weight=kl_weight, noise=noise,
+        preset, batch_size=batch_size, steps=steps, epochs=0 if steps else None, kl_weight=kl_weight, noise=noise,
         mirrored=mirrored or None, optimizer=optimizer, latent_dim=latent_dim, seed=seed,
         classifiers=(own,) if own else tuple(names.split(",")) if names else None,
     )  # fmt: skip

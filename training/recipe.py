@@ -134,12 +134,21 @@ PRESETS: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def preset(name: str, **overrides: Any) -> Recipe:
+def preset(name: str, *, batch_size: int | None = None, **overrides: Any) -> Recipe:
     """A preset with some fields replaced; None leaves a field as it is.
+
+    Args:
+        name: of the preset.
+        batch_size: images a batch; attacked and clean ones keep their shares.
+        overrides: other fields.
 
     Raises:
         ValueError: no such preset, or a value out of range.
     """
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return replace(PRESETS[name], **{key: value for key, value in overrides.items() if value is not None})
+    chosen = PRESETS[name]
+    if batch_size is not None:
+        clean = round(batch_size * chosen.clean / (chosen.attacked + chosen.clean))
+        chosen = replace(chosen, attacked=batch_size - clean, clean=clean)
+    return replace(chosen, **{key: value for key, value in overrides.items() if value is not None})
