@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from defense_vae_fast.architecture import VAEConfig
-from defense_vae_fast.checkpoint import load_checkpoint
+from defense_vae_fast.checkpoint import list_pretrained, load_checkpoint
 from defense_vae_fast.nn.losses import (
     agreement_loss,
     defense_vae_loss,
@@ -37,9 +37,9 @@ from training import pool
 from training.__main__ import cli, main
 from training.attacked import attacked_images
 from training.attacks import FGSM, PAPER_TRAINING_ATTACKS, Attack, CarliniWagnerL2
-from training.classifiers import CLASSIFIERS, Centred, build
+from training.classifiers import CLASSIFIERS, HELD_OUT, Centred, build, paper_classifiers
 from training.data import Dataset, Split, to_float
-from training.evaluate import evaluate, summary
+from training.evaluate import evaluate, paper_accuracy, summary
 from training.fit import CHECKPOINT_FILE, LOG_FILE, STATE_FILE, fit
 from training.pairs import FlyPairs, Order, TablePairs, attack_all
 from training.precision import default_amp
@@ -511,6 +511,19 @@ def test_evaluate_on_a_purifier_that_changes_nothing_is_exact(
     assert attacked.bare == attacked.purified < 30
     assert attacked.paper == 85.36
     assert summary(cells) == {"attacked_mean": attacked.purified, "clean_loss": 0.0}
+
+
+def test_the_papers_numbers_beside_ours() -> None:
+    assert paper_accuracy("fashion_mnist", "fgsm", "D") == 85.36
+    assert paper_accuracy("cifar10_jpeg", "fgsm", "A") == 44.86
+    assert paper_accuracy("cifar10_jpeg", "fgsm", "B") is None
+    assert paper_accuracy("", "fgsm", "A") is None
+
+
+@pytest.mark.parametrize("dataset", list_pretrained())
+def test_every_shipped_purifier_has_its_classifiers(dataset: str) -> None:
+    for name in (*paper_classifiers(dataset), HELD_OUT):
+        assert (pool.CLASSIFIER_FOLDER / f"{dataset}_{name}.safetensors").is_file()
 
 
 # Recipes and commands

@@ -158,7 +158,9 @@ def fit(
     "--split", type=click.Choice(["test", "validation"]), default="test", help="Choose on validation, report on test."
 )
 @click.option("--images", type=COUNT, help="Only the first so many images.")
-@click.option("--classifiers", "names", help="Comma-separated names. [default: A,B,C,D]")
+@click.option(
+    "--classifiers", "names", help="Comma-separated names. [default: the paper's: A,B,C,D; A,C,D for CIFAR-10]"
+)
 @own_option
 @click.option(
     "--predicted-labels", is_flag=True, help="Attack away from the classifier's own predictions: no label leaks."
@@ -187,7 +189,7 @@ def evaluate(
     own: str | None, predicted_labels: bool, held_out: bool, keep: Path | None, precisions: tuple[str, ...],
     json_path: Path | None, save: Path | None, device: str,
 ) -> None:  # fmt: skip
-    """Print the paper's Table 1 for DATASET with our purifier: oblivious attacks on the bare classifiers.
+    """Print the paper's Table 1 (or 7) for DATASET with our purifier: oblivious attacks on the bare classifiers.
 
     DATASET and --data are as in 'fit'. All 10,000 test images take minutes on a CPU, with --held-out an hour, nearly
     all of it for making the attacked images; --images makes it shorter, and --keep the second time.
@@ -238,7 +240,7 @@ def evaluate(
         record["sections"][title] = {"cells": measure.records(cells), **figures}
         kept[title] = {**measure.for_header(cells), **figures}
 
-    chosen = tuple(names.split(",")) if names else classifiers.PAPER_CLASSIFIERS
+    chosen = tuple(names.split(",")) if names else classifiers.paper_classifiers(loaded.name)
     models = {own: pool.own(own, loaded, where)} if own else {n: pool.shipped(n, loaded, where) for n in chosen}
     section("attacked classifiers", models, PAPER_TEST_ATTACKS)
     if held_out:
@@ -260,7 +262,9 @@ def evaluate(
 @click.option("--dataset", help="As in 'fit'. [default: the one that the checkpoint was trained on]")
 @data_option
 @click.option("--images", type=COUNT, default=2000, help="Validation images to measure on.")
-@click.option("--classifiers", "names", help="Comma-separated names. [default: A,B,C,D]")
+@click.option(
+    "--classifiers", "names", help="Comma-separated names. [default: the paper's: A,B,C,D; A,C,D for CIFAR-10]"
+)
 @click.option("--classifier", "own", metavar="MODULE:FUNCTION", help="Your own torch classifier, as in 'fit'.")
 @click.option("--limit", type=float, default=0.3, help="Points that no cell may lose against fp32.")
 @device_option
@@ -286,7 +290,7 @@ def quantize(
     bundle = load_checkpoint(checkpoint)
     loaded = load_dataset(dataset or bundle.dataset, data)
     where = find_device(device)
-    chosen = tuple(names.split(",")) if names else classifiers.PAPER_CLASSIFIERS
+    chosen = tuple(names.split(",")) if names else classifiers.paper_classifiers(loaded.name)
     models = {own: pool.own(own, loaded, where)} if own else {n: pool.shipped(n, loaded, where) for n in chosen}
     result = run(bundle, loaded, models, images=images, limit=limit, device=where, console=Console())
     path = out or resolve(checkpoint)

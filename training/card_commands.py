@@ -8,7 +8,7 @@ import click
 
 from defense_vae_fast.checkpoint import load_checkpoint
 from training import pool
-from training.classifiers import HELD_OUT, PAPER_CLASSIFIERS
+from training.classifiers import HELD_OUT, paper_classifiers
 from training.data import load_dataset
 from training.device import find_device
 from training.options import COUNT, RUNS, data_option, device_option, own_option, seed_option
@@ -19,7 +19,7 @@ from training.options import COUNT, RUNS, data_option, device_option, own_option
 @click.option("--dataset", help="Data set or folder of images. [default: the one in the checkpoint's header]")
 @data_option
 @click.option(
-    "--classifiers", "names", help=f"Comma-separated names. [default: {','.join(PAPER_CLASSIFIERS)},{HELD_OUT}]"
+    "--classifiers", "names", help=f"Comma-separated names. [default: the paper's of the data set, and {HELD_OUT}]"
 )
 @own_option
 @click.option("--images", type=COUNT, default=200, help="Test images for adaptive attacks.")
@@ -83,7 +83,7 @@ def card_command(
             f"card: expected images of the purifier's shape {bundle.config.image_shape}, "
             f"got {tuple(loaded.test.images.shape[1:])} in {loaded.name}"
         )
-    chosen = names.split(",") if names else [*PAPER_CLASSIFIERS, HELD_OUT]
+    chosen = names.split(",") if names else [*paper_classifiers(loaded.name), HELD_OUT]
     models = {own: pool.own(own, loaded, where)} if own else {n: pool.shipped(n, loaded, where) for n in chosen}
     robust = {}
     for spec in adversarial:

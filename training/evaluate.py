@@ -53,8 +53,10 @@ class Cell:
 
 
 def paper_accuracy(dataset: str, attack: str, classifier: str) -> float | None:
-    """The paper's Table 1, column "Defense-VAE", in percent; None where it has no such cell."""
-    return paper_value("1", "defense_vae", dataset=dataset or "none", attack=attack, classifier=classifier)
+    """The column "Defense-VAE" of the paper's Table 1, or 7 for colour, in percent; None where it has no such cell."""
+    row = {"dataset": dataset or "none", "attack": attack, "classifier": classifier}
+    found = [paper_value(table, "defense_vae", **row) for table in ("1", "7")]
+    return next((value for value in found if value is not None), None)
 
 
 def evaluate(

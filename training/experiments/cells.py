@@ -11,7 +11,7 @@ from typing import Any
 
 from defense_vae_fast.atomic import replacing
 from training.attacks import PAPER_TEST_ATTACKS
-from training.classifiers import PAPER_CLASSIFIERS
+from training.classifiers import PAPER_CLASSIFIERS, paper_classifiers
 
 TABLES = ("1", "2", "3", "4", "7", "8")
 DEFENCES = ("defense_vae", "defense_vae_rec", "defense_vae_e2e", "defense_gan", "magnet", "adv_training", "pooled")
@@ -19,8 +19,8 @@ DEFENCES = ("defense_vae", "defense_vae_rec", "defense_vae_e2e", "defense_gan", 
 FROM_SCRATCH = "defense_vae_e2e_scratch"
 TRAINED_ON_ATTACKS = ("defense_vae", "defense_vae_rec", "defense_vae_e2e", FROM_SCRATCH, "pooled", "adv_training")
 _WHITE_BOX: dict[str, dict[str, tuple[str, ...]]] = {
-    "1": {"fashion_mnist": PAPER_CLASSIFIERS, "mnist": PAPER_CLASSIFIERS},
-    "7": {"celeba": PAPER_CLASSIFIERS, "cifar10_jpeg": ("A", "C", "D")},
+    table: {dataset: paper_classifiers(dataset) for dataset in datasets}
+    for table, datasets in (("1", ("fashion_mnist", "mnist")), ("7", ("celeba", "cifar10_jpeg")))
 }
 _BLACK_BOX: dict[str, dict[str, list[tuple[str, str]]]] = {
     "3": {"fashion_mnist": [(c, s) for c in PAPER_CLASSIFIERS for s in ("B", "E")],
